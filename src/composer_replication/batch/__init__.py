@@ -1,0 +1,1 @@
+"""Records to tensors: rendering, truncation, alignment, padding."""

@@ -1,0 +1,1 @@
+"""Tasks with tools, structured errors and graded rewards."""

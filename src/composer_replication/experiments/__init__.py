@@ -1,0 +1,1 @@
+"""What the verbs run: smoke, train, doctor."""

@@ -1,0 +1,1 @@
+"""The run directory: its files, schema versions, lock and atomic writes."""

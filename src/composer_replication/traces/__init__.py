@@ -1,0 +1,1 @@
+"""Recorded agent work, and the hint sites and preference pairs made from it."""

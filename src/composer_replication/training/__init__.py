@@ -1,0 +1,1 @@
+"""The trainer on top of TRL, its rollouts, teachers, references and metrics."""
