@@ -1,1 +1,1 @@
-"""What a run is, as data: every bound is checked where it is declared, and nothing imports torch."""
+"""What a run is, as data: every bound is checked where it is declared; no torch."""

@@ -1,0 +1,5 @@
+"""`python -m composer_replication`: the command line."""
+
+from composer_replication.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,96 @@
+"""The sections of the two dense channels, `[sdpo]` and `[dpo]`, and of their rows, `[batch]`."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from composer_replication.config.config_model import ConfigModel
+
+
+class SdpoConfig(ConfigModel):
+    """`[sdpo]`: how the hint-conditioned teacher's distribution reaches the student."""
+
+    beta: float = Field(default=0.5, ge=0, le=1)
+    """Mixture of the divergence: 0 is KL(teacher || policy), 1 is KL(policy || teacher), between
+    them a Jensen-Shannon divergence; the endpoints are larger in scale than their neighbours."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits of student and teacher before the softmax."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Vocabulary entries compared at each token; None: all of them."""
+    top_k_from: Literal["teacher", "policy"] = "teacher"
+    """Which model's largest logits choose the `top_k` entries."""
+    tail: bool = False
+    """Adds the mass outside `top_k` as one more entry; False renormalises inside it."""
+    clip: Literal["token", "entry"] | None = None
+    """What `clip_value` limits: a `token`'s divergence, or each vocabulary `entry` of it; None:
+    nothing. Clipping by entry biases the value and can turn the gradient around."""
+    clip_value: float | None = Field(default=None, gt=0)
+    """Largest divergence that passes, in nats; goes with `clip`."""
+    hint_placement: Literal["append", "user_turn"] = "append"
+    """Where the hint stands in the teacher's state: at the end of the last message, or as a user
+    turn of its own."""
+    actions: Literal["resampled", "recorded"] = "resampled"
+    """Whose action tokens are scored: sampled anew by the policy, or as the trace recorded them.
+    Another model's recorded actions are off-policy."""
+    sites_per_step: int = Field(default=2, ge=1)
+    """Hint sites in one optimizer step."""
+    teacher_ema_rate: float = Field(default=0.05, gt=0, le=1)
+    """Share of the policy that enters an `ema` teacher at each optimizer step."""
+
+    @model_validator(mode="after")
+    def _options_that_need_each_other(self) -> Self:
+        if self.clip is not None and self.clip_value is None:
+            raise ValueError(
+                f"sdpo.clip is {self.clip!r} and sdpo.clip_value is not set, "
+                "so there is no bound to clip at. Set sdpo.clip_value, or leave sdpo.clip out."
+            )
+        if self.clip is None and self.clip_value is not None:
+            raise ValueError(
+                f"sdpo.clip_value is {self.clip_value} and sdpo.clip is not set, "
+                "so nothing would be clipped. Set sdpo.clip to 'token' or 'entry'."
+            )
+        if self.tail and self.top_k is None:
+            raise ValueError(
+                "sdpo.tail is true and sdpo.top_k is not set. The whole vocabulary is compared "
+                "then and leaves no tail. Set sdpo.top_k, or leave sdpo.tail out."
+            )
+        if self.top_k_from == "policy" and self.top_k is None:
+            raise ValueError(
+                "sdpo.top_k_from is 'policy' and sdpo.top_k is not set. The whole vocabulary is "
+                "compared then and nothing is chosen. Set sdpo.top_k, or leave "
+                "sdpo.top_k_from out."
+            )
+        return self
+
+
+class DpoConfig(ConfigModel):
+    """`[dpo]`: the preference loss on replayed traces."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """DPO's inverse temperature, which scales the log-ratio to the reference; it is not the
+    channel's weight, which is `beta_replay`."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of pairs assumed to be labelled the wrong way round. At 0.5 a pair would say nothing
+    about which action is better."""
+    pairs_per_step: int = Field(default=2, ge=1)
+    """Preference pairs in one optimizer step."""
+
+
+class BatchConfig(ConfigModel):
+    """`[batch]`: the length of the rows of both dense channels, and when each one runs."""
+
+    max_context_tokens: int | None = Field(default=None, ge=2)
+    """Longest row in tokens: state, hint and action together; None: no limit."""
+    truncation: Literal["refuse", "middle"] = "refuse"
+    """A row over `max_context_tokens` stops the run, or loses the middle of its state."""
+    channel_schedule: Literal["every_step", "alternate"] = "every_step"
+    """Both dense channels at every step, or SDPO and DPO in turn, which lowers the peak memory."""
+
+    @model_validator(mode="after")
+    def _truncation_needs_a_limit(self) -> Self:
+        if self.truncation == "middle" and self.max_context_tokens is None:
+            raise ValueError(
+                "batch.truncation is 'middle' and batch.max_context_tokens is not set, so no row "
+                "is ever too long. Set batch.max_context_tokens, or leave batch.truncation out."
+            )
+        return self

@@ -1,0 +1,107 @@
+"""The sections that say what is run: `[rollout]`, `[lora]` and `[smoke]`."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from composer_replication.config.config_model import ConfigModel
+from composer_replication.errors import nearest
+
+SHIPPED_ENVIRONMENTS = ("api_drift",)
+
+MIN_FIXED_TOKENS = 16
+"""Fewest tokens of a fixed-shape row: a state, a hint and an action must each hold a few."""
+
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+
+
+class RolloutConfig(ConfigModel):
+    """`[rollout]`: where fresh rollouts come from and what judges them."""
+
+    environment: str | None = None
+    """`api_drift`, or `package.module:Class` of your own; None: the task that the data's manifest
+    names."""
+    reward: str | None = None
+    """`package.module:function` with the signature of a TRL reward function, for data without an
+    environment; None: the environment's reward."""
+    max_turns: int = Field(default=2, ge=1)
+    """Actions in one rollout."""
+    max_action_tokens: int = Field(default=40, ge=1)
+    """Tokens sampled for one action."""
+
+    @field_validator("environment")
+    @classmethod
+    def _known_or_importable(cls, environment: str | None) -> str | None:
+        if (
+            environment is None
+            or environment in SHIPPED_ENVIRONMENTS
+            or _IMPORT_PATH.fullmatch(environment)
+        ):
+            return environment
+        raise ValueError(
+            f"rollout.environment is {environment!r}, which is neither a shipped environment nor "
+            f"'package.module:Class'. {nearest(environment, SHIPPED_ENVIRONMENTS)}"
+        )
+
+    @field_validator("reward")
+    @classmethod
+    def _importable(cls, reward: str | None) -> str | None:
+        if reward is None or _IMPORT_PATH.fullmatch(reward):
+            return reward
+        raise ValueError(
+            f"rollout.reward is {reward!r}, which names no function to import. "
+            "Write 'package.module:function'."
+        )
+
+    @model_validator(mode="after")
+    def _one_judge(self) -> Self:
+        if self.environment is not None and self.reward is not None:
+            raise ValueError(
+                f"rollout.environment is {self.environment!r} and rollout.reward is "
+                f"{self.reward!r}. An environment judges its own rollouts, so only one of them "
+                "can give the reward. Leave one of them out."
+            )
+        return self
+
+
+class LoraConfig(ConfigModel):
+    """`[lora]`: train an adapter; without this section every weight is trained."""
+
+    r: int = Field(default=16, ge=1)
+    """Rank of the adapter."""
+    alpha: int = Field(default=32, ge=1)
+    """The adapter's product is scaled by `alpha / r`."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the adapter's inputs dropped while training."""
+    target_modules: list[str] | Literal["all-linear"] = Field(default="all-linear", min_length=1)
+    """Names of the modules that get an adapter, or every linear one."""
+
+
+_FixedShape = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=MIN_FIXED_TOKENS)]]
+
+
+class SmokeConfig(ConfigModel):
+    """`[smoke]`: how long the smoke runs and at which shapes."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; None: as many as fit `time_budget_s`, up to the smoke's own maximum."""
+    time_budget_s: float = Field(default=120.0, gt=0)
+    """Seconds for the steps, loading not counted, where `steps` is None."""
+    # strict=False: TOML has arrays and no tuples. The two numbers in it stay strict.
+    fixed_shapes: _FixedShape | None = Field(default=None, strict=False)
+    """`[B, T]`: B rows of T tokens, the same at every step and sampled from nothing; None: real
+    rollouts. T holds a state, a hint and an action."""
+    max_shape_tokens: int | None = Field(default=None, ge=2)
+    """Row length in tokens of the one step that measures the largest shape a run can meet; None:
+    the sum of the run's own length limits."""
+
+    @model_validator(mode="after")
+    def _one_shape_at_a_time(self) -> Self:
+        if self.fixed_shapes is not None and self.max_shape_tokens is not None:
+            raise ValueError(
+                f"smoke.fixed_shapes is {list(self.fixed_shapes)} and smoke.max_shape_tokens is "
+                f"{self.max_shape_tokens}. Every step already has the fixed shape, so there is "
+                "no larger one to measure. Leave one of them out."
+            )
+        return self

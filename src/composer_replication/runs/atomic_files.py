@@ -1,0 +1,34 @@
+"""Writes that a reader sees whole or not at all, whenever the writer is killed."""
+
+import os
+from pathlib import Path
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text` in UTF-8; until that succeeds the old content stays."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`; until that succeeds the old content stays."""
+    temporary = path.with_name(temporary_name(path.name))
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            # Without this a power cut can leave the new name on an empty file.
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def temporary_name(name: str) -> str:
+    """The hidden name beside the target under which this process writes."""
+    return f".{name}.{os.getpid()}.tmp"
+
+
+def is_temporary(name: str) -> bool:
+    """True for what a killed writer may leave behind."""
+    return name.startswith(".") and name.endswith(".tmp")

@@ -1,0 +1,212 @@
+"""`RunDirectory`: the one folder that a verb writes, locked while in use."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self, cast
+
+from filelock import FileLock
+
+from composer_replication.errors import RunDirectoryError
+from composer_replication.runs.atomic_files import is_temporary, write_text_atomically
+from composer_replication.runs.json_text import to_json_text
+from composer_replication.runs.run_lock import LOCK_FILE, OWNER_FILE, take_lock
+from composer_replication.runs.summary import Summary
+
+RUN_SCHEMA = 1
+"""Version of the folder's layout and of its JSON files."""
+
+SCHEMA_FILE = "schema.json"
+"""Marks a folder as a run directory and says its layout's version."""
+
+
+class RunDirectory:
+    """An open run directory; a context manager that releases its lock.
+
+    Example:
+        >>> with RunDirectory.create(Path("runs/first"), resume=False) as run:
+        ...     run.write_config(dump_config(config))
+        ...     run.append_metrics({"step": 1, "loss": 0.7})
+    """
+
+    def __init__(self, path: Path, lock: FileLock) -> None:
+        self.path = path
+        """The folder itself."""
+        self._lock = lock
+
+    @classmethod
+    def create(cls, path: Path, *, resume: bool) -> Self:
+        """Open `path` as a new run, or with `resume` the run that was started there.
+
+        Raises:
+            RunDirectoryError: the folder is in use, is not a run directory, holds a run that was
+                not asked to resume, holds none to resume, or has another schema version.
+        """
+        _refuse_foreign_folder(path)
+        if resume and not (path / SCHEMA_FILE).exists():
+            raise RunDirectoryError(
+                f"{path} holds no run, so there is nothing to resume. "
+                "Check --out, or leave out --resume to start a new run there."
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(path)
+        try:
+            _check_schema(path, resume=resume)
+            if not resume:
+                write_text_atomically(path / SCHEMA_FILE, _with_schema({}))
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, lock)
+
+    def close(self) -> None:
+        """Release the lock; the files stay."""
+        (self.path / OWNER_FILE).unlink(missing_ok=True)
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved configuration, `config.toml`."""
+        return self.path / "config.toml"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object a step, `metrics.jsonl`."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_path(self) -> Path:
+        """How the run ended, `summary.json`."""
+        return self.path / "summary.json"
+
+    @property
+    def error_path(self) -> Path:
+        """The traceback of a run that failed, `error.txt`."""
+        return self.path / "error.txt"
+
+    @property
+    def model_dir(self) -> Path:
+        """The trained model, loadable by transformers; the writer creates the folder."""
+        return self.path / "model"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """What resume needs; the writer creates the folder."""
+        return self.path / "checkpoints"
+
+    @property
+    def rollouts_dir(self) -> Path:
+        """One file of rollouts a step."""
+        return self.path / "rollouts"
+
+    def write_config(self, text: str) -> None:
+        """Replace `config.toml`."""
+        write_text_atomically(self.config_path, text)
+
+    def write_json(self, name: str, payload: Mapping[str, object]) -> None:
+        """Replace the JSON file `name` by `payload` with `schema` in front."""
+        write_text_atomically(self.path / name, _with_schema(payload))
+
+    def write_summary(self, summary: Summary) -> None:
+        """Replace `summary.json`."""
+        write_text_atomically(self.summary_path, summary.to_json() + "\n")
+
+    def append_metrics(self, row: Mapping[str, object]) -> None:
+        """Add one line to `metrics.jsonl`; `row` holds its `step`."""
+        assert "step" in row, f"a metrics row needs its step: {sorted(row)}"
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(to_json_text(row) + "\n")
+
+    def truncate_metrics(self, last_step: int) -> None:
+        """Drop the lines after `last_step` and a torn last line, so that resume can go on.
+
+        Raises:
+            RunDirectoryError: a line before the last one that is not JSON.
+        """
+        if not self.metrics_path.exists():
+            return
+        lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        steps = [self._step_of(line, number, len(lines)) for number, line in enumerate(lines, 1)]
+        kept = [
+            f"{line}\n"
+            for line, step in zip(lines, steps, strict=True)
+            if step is not None and step <= last_step
+        ]
+        write_text_atomically(self.metrics_path, "".join(kept))
+
+    def write_rollouts(self, step: int, rows: Iterable[Mapping[str, object]]) -> None:
+        """Replace the file of `step` by one JSON line for each rollout."""
+        self.rollouts_dir.mkdir(exist_ok=True)
+        text = "".join(to_json_text(row) + "\n" for row in rows)
+        write_text_atomically(self.rollouts_dir / f"step_{step:06d}.jsonl", text)
+
+    def _step_of(self, line: str, number: int, num_lines: int) -> int | None:
+        """The row's step; None for a last line that a killed writer left unfinished."""
+        try:
+            return cast("int", json.loads(line)["step"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if number == num_lines:
+                return None
+            raise RunDirectoryError(
+                f"{self.metrics_path}, line {number}, is not a metrics row ({error!r}), so it is "
+                "not known which steps the file holds. Remove that line, or start a new run with "
+                "another --out."
+            ) from None
+
+
+def _with_schema(payload: Mapping[str, object]) -> str:
+    return to_json_text({"schema": RUN_SCHEMA, **payload}, indent=2) + "\n"
+
+
+def _refuse_foreign_folder(path: Path) -> None:
+    """A folder of something else gets no file of ours, not even a lock."""
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"{path} is a file; a run needs a folder. Choose another --out.")
+    if not path.exists() or (path / SCHEMA_FILE).exists():
+        return
+    ours = {LOCK_FILE, OWNER_FILE}
+    foreign = sorted(
+        entry.name
+        for entry in path.iterdir()
+        if entry.name not in ours and not is_temporary(entry.name)
+    )
+    if foreign:
+        raise RunDirectoryError(
+            f"{path} is not empty and is not a run directory (it holds {foreign[0]!r}), so a run "
+            "could overwrite what is there. Choose another --out."
+        )
+
+
+def _check_schema(path: Path, *, resume: bool) -> None:
+    schema_path = path / SCHEMA_FILE
+    if not schema_path.exists():
+        return
+    if not resume:
+        raise RunDirectoryError(
+            f"{path} already holds a run. A second one would mix with its files. "
+            "Choose another --out, or continue that run with --resume."
+        )
+    try:
+        schema = json.loads(schema_path.read_text(encoding="utf-8"))["schema"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise RunDirectoryError(
+            f"{schema_path} does not say a schema version, so the folder cannot be trusted. "
+            "Choose another --out."
+        ) from None
+    if schema != RUN_SCHEMA:
+        raise RunDirectoryError(
+            f"{path} was written with schema {schema} and this version reads {RUN_SCHEMA}. "
+            "Resume it with the version that started it, or choose another --out."
+        )

@@ -1,0 +1,141 @@
+"""The command line's help is a contract, and it starts nothing heavy."""
+
+import subprocess
+import sys
+
+import pytest
+
+from composer_replication.cli import main
+
+HELP = """\
+usage: composer-replication VERB [CONFIG.toml] [--set KEY=VALUE ...] [--out DIR] [--resume] [--json]
+
+Trains a small agent. One optimizer step minimises
+  GRPO + alpha_sdpo * SDPO (hint self-distillation) + beta_replay * DPO (trace replay, our addition)
+
+verbs:
+  smoke    do the channels run end to end on my model; how much memory, how long a step
+  train    the run that a configuration file describes
+  doctor   what this machine can run, and what is missing
+
+examples:
+  composer-replication doctor
+  composer-replication smoke
+  composer-replication smoke configs/smoke_qwen2.5_0.5b.toml --set alpha_sdpo=0.2 --json
+  composer-replication train configs/train_qwen2.5_7b.toml --out runs/first
+
+exit codes: 0 done, 1 failed, 2 your input, 130 stopped with Ctrl-C
+Each verb has its own help: composer-replication VERB --help
+"""
+
+SMOKE_HELP = """\
+usage: composer-replication smoke [-h] [--model M] [--data DIR] [--steps N] [--fixed-shapes B,T]
+                                  [--set KEY=VALUE] [--out DIR] [--resume] [--json]
+                                  [CONFIG.toml]
+
+Runs the three channels end to end and reports memory, step time and every check.
+
+positional arguments:
+  CONFIG.toml
+
+options:
+  -h, --help          show this help message and exit
+  --model M           Hugging Face id or local folder; sets model
+  --data DIR          folder of prompts, hint sites and pairs; sets data
+  --steps N           optimizer steps, at least 1; sets smoke.steps
+  --fixed-shapes B,T  B rows of T tokens at every step, nothing sampled; such as 2,1024
+  --set KEY=VALUE     set one key, such as sdpo.top_k=20; may be repeated
+  --out DIR           run directory; default runs/<name>, numbered where that is taken
+  --resume            go on in the run directory of --out, or in the latest of this name
+  --json              print the summary as one JSON object on stdout, all else on stderr
+
+Writes runs/<name>/: config.toml, metrics.jsonl, summary.json, rollouts/. --resume runs it again
+in the same folder. Where a key is given twice, options win over --set, and --set over the file.
+
+examples:
+  composer-replication smoke
+  composer-replication smoke --model Qwen/Qwen2.5-0.5B-Instruct --steps 50
+  composer-replication smoke --fixed-shapes 2,1024 --set beta_replay=0
+
+exit codes: 0 every check passed, 1 a check or the run failed, 2 your input, 130 Ctrl-C
+"""
+
+TRAIN_HELP = """\
+usage: composer-replication train [-h] [--set KEY=VALUE] [--out DIR] [--resume] [--json] CONFIG.toml
+
+Trains the model that CONFIG.toml describes and saves it.
+
+positional arguments:
+  CONFIG.toml
+
+options:
+  -h, --help       show this help message and exit
+  --set KEY=VALUE  set one key, such as sdpo.top_k=20; may be repeated
+  --out DIR        run directory; default runs/<name>, numbered where that is taken
+  --resume         go on in the run directory of --out, or in the latest of this name
+  --json           print the summary as one JSON object on stdout, all else on stderr
+
+Writes runs/<name>/: config.toml, metrics.jsonl, summary.json, rollouts/, checkpoints/, model/.
+--resume continues from the latest checkpoint; only the length of the run may have changed.
+
+examples:
+  composer-replication train configs/train_qwen2.5_7b.toml --out runs/first
+  composer-replication train runs/first/config.toml --out runs/first --resume
+
+exit codes: 0 done, 1 failed, 2 your input, 130 Ctrl-C
+"""
+
+DOCTOR_HELP = """\
+usage: composer-replication doctor [-h] [--json]
+
+Says what this machine can run, and what is missing.
+
+options:
+  -h, --help  show this help message and exit
+  --json      print the summary as one JSON object on stdout, all else on stderr
+
+Writes nothing.
+
+exit codes: 0 ready, 1 something that a smoke needs is missing
+"""
+
+HEAVY = ("torch", "transformers", "trl", "datasets", "accelerate", "pydantic", "rich", "tomlkit")
+
+LIST_HEAVY_IMPORTS = f"""
+import contextlib, sys
+import composer_replication.cli
+with contextlib.suppress(SystemExit):
+    composer_replication.cli.main(sys.argv[1:])
+print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_the_help_is_the_pinned_one(flag, capsys):
+    assert main([flag]) == 0
+    assert capsys.readouterr().out == HELP
+
+
+@pytest.mark.parametrize(
+    ("verb", "text"), [("smoke", SMOKE_HELP), ("train", TRAIN_HELP), ("doctor", DOCTOR_HELP)]
+)
+def test_the_help_of_a_verb_is_the_pinned_one(verb, text, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["smoke", "--help"], ["smok"]])
+def test_help_and_misspellings_import_nothing_heavy(arguments):
+    result = subprocess.run(
+        [sys.executable, "-c", LIST_HEAVY_IMPORTS, *arguments], capture_output=True, text=True
+    )
+    assert result.stderr.splitlines()[-1] == "[]", result.stderr
+
+
+def test_the_module_runs_as_the_command_does():
+    result = subprocess.run(
+        [sys.executable, "-m", "composer_replication", "--help"], capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, HELP, "")
