@@ -77,12 +77,14 @@ def hint_site_from_row(row: Mapping[str, object], where: str) -> HintSite:
     Raises:
         DataError: a missing or unknown key, or a value of the wrong kind.
     """
-    text = {key: require_text(row, key, where) for key in ("hint", "action")}
-    optional = {
-        key: require_text(row, key, where) for key in ("error_kind", "source") if key in row
-    }
     check_keys(row, _SITE_KEYS, where)
-    return HintSite(state=require_state(row, where), **text, **optional)
+    return HintSite(
+        state=require_state(row, where),
+        hint=require_text(row, "hint", where),
+        action=require_text(row, "action", where),
+        error_kind=require_text(row, "error_kind", where, default=""),
+        source=require_text(row, "source", where, default=""),
+    )
 
 
 def hint_site_row(site: HintSite) -> dict[str, object]:
@@ -101,9 +103,14 @@ def check_keys(row: Mapping[str, object], known: frozenset[str], where: str) -> 
             raise DataError(f"{where} has the unknown key {key!r}. {nearest(key, known)}")
 
 
-def require_text(row: Mapping[str, object], key: str, where: str) -> str:
-    """The text under `key`, or a `DataError` that says what is there instead."""
-    value = row.get(key)
+def require_text(
+    row: Mapping[str, object], key: str, where: str, default: str | None = None
+) -> str:
+    """The text under `key`, or a `DataError` that says what is there instead.
+
+    A missing key is `default`, where one is given.
+    """
+    value = row.get(key, default)
     if not isinstance(value, str):
         raise DataError(f"{where}: {key!r} is {value!r}; it must be text.")
     return value

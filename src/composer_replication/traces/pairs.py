@@ -68,7 +68,7 @@ def pair_from_row(row: Mapping[str, object], where: str) -> PreferencePair:
         chosen=require_text(row, "chosen", where),
         rejected=require_text(row, "rejected", where),
         weight=float(weight),
-        source=require_text(row, "source", where) if "source" in row else "",
+        source=require_text(row, "source", where, default=""),
     )
 
 

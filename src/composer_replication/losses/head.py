@@ -1,0 +1,309 @@
+"""Language-model heads applied tile by tile, so [tokens, vocabulary] never exists in full.
+
+Letters: N rows (tokens), n rows of one tile, H hidden size, V vocabulary. Log-probabilities and
+entropies are in nats. Projections and sums run in fp32 whatever the inputs' precision (fp64 stays
+fp64): rounding logits to bf16 moves a divergence of nearly equal distributions by 10 % and more.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, overload
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from composer_replication.errors import ConfigError, DataError
+
+TILE_ROWS = 128
+"""Rows projected at once: enough to keep the matrix product compute-bound, and 74 MiB of fp32
+logits at a vocabulary of 151,936."""
+
+_CAST_ROWS = 16_384
+"""Vocabulary rows of a half-precision head upcast at once: 64 MiB at hidden size 1024."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class OutputHead:
+    """An LM head: `softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`.
+
+    Example: Gemma 2 is `OutputHead(weight, softcap=30.0)`.
+
+    Source: soft-capping, Gemma 2, arXiv:2408.00118 section 2.
+    """
+
+    weight: Float[Tensor, "V H"]
+    bias: Float[Tensor, " V"] | None = None
+    logit_scale: float = 1.0
+    """Multiplies the logits before the soft cap (Cohere, Granite)."""
+    softcap: float | None = None
+    """Logits stay within +-softcap; None: no cap."""
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None and self.softcap <= 0:
+            raise ConfigError(
+                f"softcap is {self.softcap}; a cap of 0 or less leaves no logits. "
+                "Pass the model's final_logit_softcapping, or None."
+            )
+
+    def logits(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        """Differentiable fp32 logits (fp64 for fp64 input) of a few rows: this builds [n, V]."""
+        dtype = compute_dtype(hidden, self.weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.to(dtype)
+            raw = torch.nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), bias)
+            scaled = raw * self.logit_scale
+            if self.softcap is None:
+                return scaled
+            return self.softcap * torch.tanh(scaled / self.softcap)
+
+
+@overload
+def selected_logp(
+    hidden: Float[Tensor, "N H"],
+    head: OutputHead | Float[Tensor, "V H"],
+    targets: Int[Tensor, " N"],
+    *,
+    temperature: float = 1.0,
+    return_entropy: Literal[False] = False,
+    tile_rows: int = TILE_ROWS,
+) -> Float[Tensor, " N"]: ...
+@overload
+def selected_logp(
+    hidden: Float[Tensor, "N H"],
+    head: OutputHead | Float[Tensor, "V H"],
+    targets: Int[Tensor, " N"],
+    *,
+    temperature: float = 1.0,
+    return_entropy: Literal[True],
+    tile_rows: int = TILE_ROWS,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]: ...
+def selected_logp(
+    hidden: Float[Tensor, "N H"],
+    head: OutputHead | Float[Tensor, "V H"],
+    targets: Int[Tensor, " N"],
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    tile_rows: int = TILE_ROWS,
+) -> Float[Tensor, " N"] | tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Log-probability of each row's target token in nats, and the entropy of each row if asked.
+
+    Both are fp32 and differentiable in hidden, weight and bias; the backward recomputes each tile.
+    A row whose logits are not finite (nan hidden states of padding) gets no gradient.
+
+    Args:
+        hidden: final hidden states, after the last norm.
+        head: the LM head, or its weight alone.
+        targets: token ids in [0, V); drop ignored rows before the call.
+        temperature: logits are divided by it, as the sampler did.
+        return_entropy: also return the entropy of softmax(logits / temperature).
+        tile_rows: rows projected at once; memory grows with it.
+
+    Raises:
+        ConfigError: temperature or tile_rows is not positive.
+        DataError: hidden size and head do not match.
+
+    Source: log softmax; entropy gradient dH/dz_v = -p_v (log p_v + H).
+    """
+    head = as_head(head)
+    check_temperature(temperature)
+    check_projection("hidden", hidden, head, tile_rows)
+    outputs = _SelectedLogp.apply(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        hidden, head.weight, head.bias, targets, head, temperature, tile_rows, return_entropy
+    )
+    logp, entropy = cast("tuple[Tensor, Tensor]", outputs)
+    return (logp, entropy) if return_entropy else logp
+
+
+def as_head(head: OutputHead | Tensor) -> OutputHead:
+    """A bare weight is a head without bias, scale or cap."""
+    return OutputHead(head) if isinstance(head, Tensor) else head
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise when logits cannot be divided by this temperature."""
+    if not temperature > 0:
+        raise ConfigError(
+            f"temperature is {temperature}; logits are divided by it, so it must be above 0. "
+            "Pass the temperature that the rollouts were sampled with."
+        )
+
+
+def check_projection(name: str, hidden: Tensor, head: OutputHead, tile_rows: int) -> None:
+    """Raise when these rows cannot go through this head."""
+    if tile_rows < 1:
+        raise ConfigError(
+            f"tile_rows is {tile_rows}; a tile needs at least one row. Pass 1 or more."
+        )
+    if hidden.shape[-1] != head.weight.shape[1]:
+        raise DataError(
+            f"{name} has hidden size {hidden.shape[-1]} but its head takes "
+            f"{head.weight.shape[1]}; they cannot be multiplied. Pass the model's own head."
+        )
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp64 when an input is fp64 (gradcheck), fp32 otherwise."""
+    is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def tiles(num_rows: int, tile_rows: int) -> Iterator[slice]:
+    """Slices that cover `num_rows` rows, `tile_rows` at a time."""
+    for start in range(0, num_rows, tile_rows):
+        yield slice(start, min(start + tile_rows, num_rows))
+
+
+def tempered_logits(
+    hidden: Float[Tensor, "n H"], head: OutputHead, temperature: float
+) -> Float[Tensor, "n V"]:
+    """Logits over temperature of one tile, for use inside an autograd function (no graph)."""
+    logits = _project(hidden, head.weight)
+    if head.bias is not None:
+        logits += head.bias
+    if head.logit_scale != 1:
+        logits *= head.logit_scale
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    if temperature != 1:
+        logits /= temperature
+    return logits
+
+
+def projection_slope(
+    logits: Float[Tensor, "n V"], head: OutputHead, temperature: float
+) -> Float[Tensor, "n V"] | float:
+    """d(tempered logits) / d(hidden @ weight.T): a number unless the head has a soft cap."""
+    scale = head.logit_scale / temperature
+    if head.softcap is None:
+        return scale
+    # d/dx cap*tanh(x/cap) = 1 - tanh^2, and the tempered logits are cap*tanh/temperature.
+    return logits.mul(temperature / head.softcap).square_().neg_().add_(1).mul_(scale)
+
+
+def hidden_grad(
+    logit_grad: Float[Tensor, "n V"], weight: Float[Tensor, "V H"]
+) -> Float[Tensor, "n H"]:
+    """`logit_grad @ weight` with fp32 accumulation."""
+    if weight.dtype == logit_grad.dtype:
+        return logit_grad @ weight
+    if weight.is_cuda and weight.dtype == torch.bfloat16:
+        return torch.mm(logit_grad.bfloat16(), weight, out_dtype=logit_grad.dtype)
+    grad = logit_grad.new_zeros(logit_grad.shape[0], weight.shape[1])
+    for part in tiles(weight.shape[0], _CAST_ROWS):
+        grad.addmm_(logit_grad[:, part], weight[part].to(logit_grad.dtype))
+    return grad
+
+
+def _project(hidden: Float[Tensor, "n H"], weight: Float[Tensor, "V H"]) -> Float[Tensor, "n V"]:
+    dtype = compute_dtype(hidden, weight)
+    if weight.dtype == dtype:
+        return torch.mm(hidden.to(dtype), weight.t())
+    if weight.is_cuda and weight.dtype == hidden.dtype == torch.bfloat16:
+        # Tensor cores multiply bf16 exactly into fp32 sums: the same logits as upcasting first.
+        return torch.mm(hidden, weight.t(), out_dtype=dtype)
+    logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=dtype, device=hidden.device)
+    rows = hidden.to(dtype)
+    for part in tiles(weight.shape[0], _CAST_ROWS):
+        torch.mm(rows, weight[part].to(dtype).t(), out=logits[:, part])
+    return logits
+
+
+class HeadGrads:
+    """Gradients of hidden, weight and bias, summed over tiles in fp32, each only if needed."""
+
+    def __init__(
+        self, needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> None:
+        dtype = compute_dtype(hidden, weight)
+        self._inputs = (hidden, weight, bias)
+        self._grads = [
+            torch.zeros_like(tensor, dtype=dtype) if needs_grad and tensor is not None else None
+            for needs_grad, tensor in zip(needed, self._inputs, strict=False)
+        ]
+
+    def add_tile(self, rows: slice, logit_grad: Tensor, is_finite: Tensor) -> None:
+        """Add one tile, given the gradient of its `hidden @ weight.T + bias`; consumes it.
+
+        Rows that are not finite (garbage of masked tokens) add nothing: 0 * nan would be nan.
+        """
+        hidden, weight, _ = self._inputs
+        grad_hidden, grad_weight, grad_bias = self._grads
+        logit_grad.masked_fill_(~is_finite[:, None], 0.0)
+        if grad_hidden is not None:
+            grad_hidden[rows] = hidden_grad(logit_grad, weight)
+        if grad_weight is not None:
+            live_rows = hidden[rows].masked_fill(~is_finite[:, None], 0.0)
+            grad_weight.addmm_(logit_grad.t(), live_rows.to(grad_weight.dtype))
+        if grad_bias is not None:
+            grad_bias += logit_grad.sum(0)
+
+    def in_input_precision(self) -> tuple[Tensor | None, ...]:
+        """The three gradients, each in its input's dtype; None where it was not needed."""
+        return tuple(
+            None if grad is None or tensor is None else grad.to(tensor.dtype)
+            for grad, tensor in zip(self._grads, self._inputs, strict=True)
+        )
+
+
+class _SelectedLogp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch's own
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: OutputHead,
+        temperature: float,
+        tile_rows: int,
+        return_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        dtype = compute_dtype(hidden, weight)
+        lse = torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device)
+        logp = torch.empty_like(lse)
+        entropy = torch.empty_like(lse) if return_entropy else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in tiles(hidden.shape[0], tile_rows):
+                logits = tempered_logits(hidden[rows], head, temperature)
+                lse[rows] = logits.logsumexp(-1)
+                target_logits = logits.gather(-1, targets[rows, None]).squeeze(-1)
+                logp[rows] = target_logits - lse[rows]
+                if entropy is not None:
+                    probs = logits.sub_(lse[rows, None]).exp_()
+                    entropy[rows] = -torch.xlogy(probs, probs).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
+        ctx.head, ctx.temperature, ctx.tile_rows = head, temperature, tile_rows
+        # An output that the loss does not use then brings None, not a tensor of zeros to process.
+        ctx.set_materialize_grads(False)
+        return logp, entropy
+
+    @staticmethod
+    @once_differentiable  # pyright: ignore[reportUntypedFunctionDecorator]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401 - torch's own
+        *output_grads: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
+        logp_grad, entropy_grad = output_grads
+        if logp_grad is None:
+            logp_grad = torch.zeros_like(lse)
+        grads = HeadGrads(ctx.needs_input_grad, hidden, weight, bias)
+        head = replace(ctx.head, weight=weight, bias=bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in tiles(hidden.shape[0], ctx.tile_rows):
+                logits = tempered_logits(hidden[rows], head, ctx.temperature)
+                slope = projection_slope(logits, head, ctx.temperature)
+                probs = logits.sub_(lse[rows, None]).exp_()
+                column, entropy_slope = logp_grad[rows, None], None
+                if entropy_grad is not None:
+                    # -dH/dz = p (log p + H); xlogy is 0 at p = 0.
+                    entropy_slope = torch.xlogy(probs, probs).add_(probs * entropy[rows, None])
+                    entropy_slope.mul_(entropy_grad[rows, None])
+                logit_grad = probs.mul_(-column).scatter_add_(-1, targets[rows, None], column)
+                if entropy_slope is not None:
+                    logit_grad -= entropy_slope
+                grads.add_tile(rows, logit_grad.mul_(slope), lse[rows].isfinite())
+        return (*grads.in_input_precision(), None, None, None, None, None)
