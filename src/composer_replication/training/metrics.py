@@ -1,0 +1,133 @@
+"""Per-step measurements: channel totals over micro-batches and ranks, seconds, peak memory."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from composer_replication.units import gib
+
+MetricsRow = dict[str, float | int | str | None]
+
+
+class MetricsSink(Protocol):
+    """Where finished rows go, such as `RunDirectory.append_metrics`."""
+
+    def __call__(self, row: Mapping[str, float | int | str | None]) -> None:
+        """Take one optimizer step's row."""
+        ...
+
+
+class StepClock:
+    """Seconds by phase, read after the device finished its work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.total_s: dict[str, float] = {}
+        self._started_s: dict[str, float] = {}
+
+    def start(self, phase: str) -> None:
+        """Begin timing `phase`."""
+        self._synchronize()
+        self._started_s[phase] = time.perf_counter()
+
+    def stop(self, phase: str) -> float:
+        """Seconds since `start`, added to the phase's total."""
+        self._synchronize()
+        elapsed_s = time.perf_counter() - self._started_s.pop(phase)
+        self.total_s[phase] = self.total_s.get(phase, 0.0) + elapsed_s
+        return elapsed_s
+
+    def _synchronize(self) -> None:
+        # Without this a GPU's clock measures how long it took to queue the work.
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def peak_gib(device: torch.device) -> float:
+    """The allocator's peak on CUDA, the process's peak resident size on CPU."""
+    if device.type == "cuda":
+        return gib(torch.cuda.max_memory_allocated(device))
+    return gib(_peak_resident_bytes())
+
+
+def peak_reserved_gib(device: torch.device) -> float | None:
+    """The most that CUDA's caching allocator held; None on CPU, which has no such pool."""
+    return gib(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else None
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peaks so far on CUDA; the operating system keeps a process's peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+class StepMetricsCallback(TrainerCallback):
+    """Writes one row for each optimizer step: what TRL logs, `step_s` and `peak_gib`."""
+
+    def __init__(
+        self, device: torch.device, sink: MetricsSink, on_row: Callable[[MetricsRow], None]
+    ) -> None:
+        """Keep where rows go.
+
+        Args:
+            device: whose memory and queue are read.
+            sink: appends a row to the run directory.
+            on_row: shows a row to the person watching.
+        """
+        self.clock = StepClock(device)
+        self.rows: list[MetricsRow] = []
+        self._sink = sink
+        self._on_row = on_row
+        self._step_s: float | None = None
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Start the step's clock; generation happens inside the step."""
+        del args, state, control, kwargs
+        self.clock.start("step")
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Stop the step's clock."""
+        del args, state, control, kwargs
+        self._step_s = self.clock.stop("step")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Complete the row of the step that was just logged."""
+        del args, control, kwargs
+        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+            return
+        row: MetricsRow = {"step": state.global_step, **logs}
+        row["step_s"] = self._step_s
+        row["peak_gib"] = peak_gib(self.clock.device)
+        self.rows.append(row)
+        self._sink(row)
+        self._on_row(row)
+
+
+def _peak_resident_bytes() -> int:
+    # Linux counts in KiB, macOS in bytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,69 @@
+"""Every rollout as a readable row: people read samples before curves."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict, cast
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from composer_replication.runs.atomic_files import write_text_atomically
+from composer_replication.traces.hints import HintSite
+
+
+class RolloutRow(TypedDict):
+    """One line of `rollouts/step_000001.jsonl`."""
+
+    prompt: object
+    turns: list[dict[str, str]]
+    rewards: dict[str, float | None]
+    advantage: float
+    errors: list[dict[str, str]]
+    num_sampled_tokens: int
+    schema: int
+
+
+def rollout_rows(
+    inputs: Sequence[Mapping[str, object]],
+    output: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[RolloutRow]:
+    """This rank's rollouts, rewards still to be filled in.
+
+    Args:
+        inputs: the rows TRL generated for, with what the rollout loop added.
+        output: what TRL made of them, in the same order.
+        tokenizer: decodes completions where no rollout loop kept their turns.
+    """
+    mask = output["completion_mask"]
+    sampled = mask * output["tool_mask"] if "tool_mask" in output else mask
+    rows: list[RolloutRow] = []
+    for index, row in enumerate(inputs):
+        turns = cast(list[dict[str, str]] | None, row.get("turns"))
+        if turns is None:
+            ids = output["completion_ids"][index][mask[index].bool()]
+            text = cast(str, tokenizer.decode(ids, skip_special_tokens=True))
+            turns = [{"role": "assistant", "content": text}]
+        sites = cast(list[HintSite], row.get("rollout_hint_sites") or [])
+        rows.append(
+            {
+                "prompt": row.get("prompt"),
+                "turns": turns,
+                "rewards": {},
+                "advantage": float(output["advantages"][index].float().mean()),
+                "errors": [
+                    {"kind": s.error_kind, "action": s.action, "hint": s.hint} for s in sites
+                ],
+                "num_sampled_tokens": int(sampled[index].sum()),
+                "schema": 1,
+            }
+        )
+    return rows
+
+
+def write_rollouts(folder: Path, step: int, rows: Sequence[RolloutRow]) -> None:
+    """Write one step's rollouts, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    write_text_atomically(folder / f"step_{step:06d}.jsonl", text)

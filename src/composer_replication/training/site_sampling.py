@@ -1,0 +1,46 @@
+"""Actions at recorded states: the policy's own answer where a hint site was recorded."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from composer_replication.batch.render import render_state
+from composer_replication.traces.hints import HintSite
+from composer_replication.training.rollouts import sample_actions
+from composer_replication.training.trl_hooks import GRPOTrainer
+
+DEFAULT_ACTION_TOKENS = 64
+
+
+def sample_site_actions(
+    trainer: GRPOTrainer, sites: Sequence[HintSite], seed: int
+) -> list[HintSite]:
+    """The sites with an action sampled now, so that SDPO stays on-policy.
+
+    The sampling has a random state of its own: GRPO's rollouts are the same with and without it.
+    """
+    tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
+    states = [list(site.state_ids or render_state(tokenizer, site.state)) for site in sites]
+    budget = min(_action_tokens(trainer), int(trainer.max_completion_length or 0))
+    devices = [trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed + trainer.accelerator.process_index)
+        actions = sample_actions(trainer, states, budget)
+    return [
+        replace(
+            site,
+            action=cast(str, tokenizer.decode(action_ids, skip_special_tokens=True)),
+            state_ids=tuple(state_ids),
+            action_ids=tuple(action_ids),
+            is_on_policy=True,
+        )
+        for site, state_ids, action_ids in zip(sites, states, actions, strict=True)
+    ]
+
+
+def _action_tokens(trainer: GRPOTrainer) -> int:
+    from_rollouts = getattr(trainer.rollout_func, "max_action_tokens", None)
+    return int(from_rollouts) if from_rollouts is not None else DEFAULT_ACTION_TOKENS

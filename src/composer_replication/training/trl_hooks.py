@@ -1,0 +1,15 @@
+"""The one door to TRL: what we subclass and call, pinned in `tests/contract/test_trl_hooks.py`.
+
+Overridden: `__init__`, `_prepare_inputs`, `_generate_and_score_completions`, `_compute_loss`,
+`_save_checkpoint`, `_load_from_checkpoint`. Called: `_generate_single_turn`.
+"""
+
+import os
+
+# Our rollout loop uses `rollout_func` on purpose; its "experimental" notice says nothing to users.
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+__all__ = ["GRPOConfig", "GRPOTrainer"]

@@ -1,0 +1,196 @@
+"""Rollouts through the real trainer: exact ids, masks, error turns as hint sites, files on disk."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from composer_replication import ComposerConfig, ComposerReplicationTrainer, EnvironmentRollouts
+from composer_replication.batch.render import render_next_turn, render_state
+from composer_replication.environments.protocol import Observation, ToolError
+from composer_replication.errors import ConfigError, DataError
+from composer_replication.traces.trace import Message, messages_from
+from composer_replication.training.rollouts import _prompt_key
+
+ROWS = [
+    {"prompt": [{"role": "user", "content": f"Task {i}"}], "goal": f"goal {i}"} for i in range(4)
+]
+
+
+class AlwaysWrong:
+    """Refuses every action; the episode ends after the second."""
+
+    def reset(self, *, goal, **row):
+        self.goal = goal
+        self.num_actions = 0
+
+    def _step_text(self, action):
+        self.num_actions += 1
+        error = ToolError("bad_key", f"wrong call {self.num_actions}.", '{"file": "x"}')
+        return Observation(f"error: {error.message}", is_done=self.num_actions == 2, error=error)
+
+    def get_reward(self):
+        return 0.5 if self.goal.endswith("1") else 0.25
+
+
+def make_trainer(tmp_path, model, tokenizer, environment=AlwaysWrong, rows=ROWS, **changes):
+    values = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 64,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "dataloader_pin_memory": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "learning_rate": 1e-3,
+    }
+    return ComposerReplicationTrainer(
+        model=model,
+        args=ComposerConfig(**(values | changes)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        rollout_func=EnvironmentRollouts(environment, rows, max_turns=2, max_action_tokens=6),
+    )
+
+
+@pytest.fixture
+def played(tmp_path, tiny_llama, smollm2_tokenizer):
+    """A trainer and the rollouts of two tasks, twice each."""
+    trainer = make_trainer(tmp_path, tiny_llama(), smollm2_tokenizer)
+    prompts = [row["prompt"] for row in (ROWS[0], ROWS[0], ROWS[1], ROWS[1])]
+    return trainer, trainer.rollout_func(prompts, trainer)
+
+
+def test_the_prompt_is_what_the_template_renders(played, smollm2_tokenizer):
+    _, out = played
+    expected = render_state(smollm2_tokenizer, [Message("user", "Task 0")])
+    assert out["prompt_ids"][0] == expected
+
+
+def test_the_mask_marks_sampled_turns_and_the_environments_words_between_them(
+    played, smollm2_tokenizer
+):
+    _, out = played
+    for ids, mask in zip(out["completion_ids"], out["env_mask"], strict=True):
+        assert len(ids) == len(mask)
+        first = mask.index(0)
+        last = len(mask) - mask[::-1].index(0)
+        between = ids[first:last]
+        assert set(mask[first:last]) == {0}
+        answer = Message("tool", "error: wrong call 1.")
+        has_ended = ids[first - 1] == smollm2_tokenizer.eos_token_id
+        assert between == render_next_turn(smollm2_tokenizer, answer, has_ended)
+        assert 1 <= first <= 6
+        assert 1 <= len(mask) - last <= 6
+
+
+def test_every_error_turn_is_a_site_with_the_exact_ids_the_sampler_saw(played):
+    _, out = played
+    for prompt, ids, mask, sites in zip(
+        out["prompt_ids"],
+        out["completion_ids"],
+        out["env_mask"],
+        out["rollout_hint_sites"],
+        strict=True,
+    ):
+        assert len(sites) == 2
+        first, second = sites
+        cut = mask.index(0)
+        resumes = len(mask) - mask[::-1].index(0)
+        assert list(first.state_ids) == prompt
+        assert list(first.action_ids) == ids[:cut]
+        assert list(second.state_ids) == prompt + ids[:resumes]
+        assert list(second.action_ids) == ids[resumes:]
+        assert all(site.is_on_policy and site.error_kind == "bad_key" for site in sites)
+        assert first.hint == 'Hint: wrong call 1. Example of a correct call: {"file": "x"}'
+        assert second.state[-1] == Message("tool", "error: wrong call 1.")
+
+
+def test_sites_found_on_the_fly_collate_with_their_hint_in_the_last_message(
+    played, smollm2_tokenizer
+):
+    trainer, out = played
+    from composer_replication import StepBatch
+
+    sites = tuple(site for sites in out["rollout_hint_sites"] for site in sites)
+    tensors = trainer.collator(StepBatch(hint_sites=sites))
+    for row, site in zip(tensors["ctx_teacher_input_ids"], sites, strict=True):
+        assert site.hint in smollm2_tokenizer.decode(row)
+        assert site.hint not in smollm2_tokenizer.decode(site.state_ids)
+
+
+def test_the_environments_reward_reaches_each_rollout(played):
+    _, out = played
+    assert out["environment_reward"] == [0.25, 0.25, 0.5, 0.5]
+
+
+def test_a_whole_step_trains_on_error_turns_and_writes_readable_rollouts(
+    tmp_path, tiny_llama, smollm2_tokenizer
+):
+    trainer = make_trainer(tmp_path, tiny_llama(), smollm2_tokenizer, hint_sites_per_step=3)
+    assert trainer.channel_weights == {"sdpo": 0.1}  # rollouts feed it; there are no pairs
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert row["tokens/sdpo"] > 0
+    assert row["loss/sdpo"] > 0
+    text = (tmp_path / "rollouts/step_000001.jsonl").read_text()
+    written = [json.loads(line) for line in text.splitlines()]
+    assert len(written) == 4
+    for rollout in written:
+        assert [turn["role"] for turn in rollout["turns"]] == [
+            "assistant",
+            "tool",
+            "assistant",
+            "tool",
+        ]
+        assert rollout["rewards"]["environment_reward"] in (0.25, 0.5)
+        assert [error["kind"] for error in rollout["errors"]] == ["bad_key", "bad_key"]
+        assert rollout["num_sampled_tokens"] > 0
+
+
+def test_a_prompt_that_the_environment_was_not_given_is_named(played):
+    trainer, _ = played
+    with pytest.raises(DataError, match="not among the rows"):
+        trainer.rollout_func([[{"role": "user", "content": "Unknown"}]], trainer)
+
+
+def test_an_environment_without_a_text_action_is_refused_before_any_rollout():
+    with pytest.raises(ConfigError, match="lacks reset, _step_text or get_reward"):
+        EnvironmentRollouts(object, ROWS)
+
+
+def test_generation_settings_are_put_back_after_a_rollout(played):
+    trainer, _ = played
+    assert trainer.generation_config.max_new_tokens == trainer.args.max_completion_length
+
+
+def test_text_that_reset_returns_joins_the_prompt(tmp_path, tiny_llama, smollm2_tokenizer):
+    class Opens(AlwaysWrong):
+        def reset(self, *, goal, **row):
+            super().reset(goal=goal)
+            return " Start now."
+
+    trainer = make_trainer(tmp_path, tiny_llama(), smollm2_tokenizer, environment=Opens)
+    out = trainer.rollout_func([ROWS[0]["prompt"]], trainer)
+    assert "Task 0 Start now." in smollm2_tokenizer.decode(out["prompt_ids"][0])
+
+
+def test_an_error_during_the_very_first_token_budget_still_gives_one_action(
+    tmp_path, tiny_llama, smollm2_tokenizer
+):
+    trainer = make_trainer(tmp_path, tiny_llama(), smollm2_tokenizer, max_completion_length=4)
+    out = trainer.rollout_func([ROWS[0]["prompt"]], trainer)
+    assert len(out["completion_ids"][0]) >= 1
+    assert out["env_mask"][0][0] == 1
+
+
+def test_prompts_are_found_again_whatever_the_order_of_their_keys():
+    messages = messages_from(ROWS[0]["prompt"], "x")
+    turned = [{"content": m.content, "role": m.role} for m in messages]
+    assert _prompt_key(turned) == _prompt_key(ROWS[0]["prompt"])
