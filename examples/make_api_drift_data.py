@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from composer_replication.environments.api_drift import EpisodeSpec
+from composer_replication.environments.episode_spec import EpisodeSpec
 from composer_replication.experiments.api_drift_data import write_data
 
 

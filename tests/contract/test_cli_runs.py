@@ -276,7 +276,7 @@ import json, os, sys, types
 module = types.ModuleType("composer_replication.experiments.smoke")
 def run_smoke(config, run, console):
     from composer_replication.runs.summary import Summary
-    names = [name for name in os.environ if name.startswith(("MALLOC_", "COMPOSER_", "TOKENIZERS"))]
+    names = [name for name in os.environ if name.startswith(("MALLOC_", "OMP_WAIT", "COMPOSER_", "TOKENIZERS"))]
     seen = {name: os.environ[name] for name in names}
     return Summary(status="passed", notes=[json.dumps(seen), str(os.getpid()), *sys.argv[1:]])
 module.run_smoke = run_smoke
@@ -288,7 +288,11 @@ sys.exit(main())
 
 
 def run_reexecuted(tmp_path, **environment):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MALLOC_", "OMP_WAIT"))
+    }
     kept.pop("COMPOSER_REEXECUTED", None)
     kept.pop("TOKENIZERS_PARALLELISM", None)
     with subprocess.Popen(

@@ -25,8 +25,8 @@ class RolloutConfig(ConfigModel):
     reward: str | None = None
     """`package.module:function` with the signature of a TRL reward function, for data without an
     environment; None: the environment's reward."""
-    max_turns: int = Field(default=2, ge=1)
-    """Actions in one rollout."""
+    max_turns: int = Field(default=3, ge=1)
+    """Most actions in one rollout; an environment may end it sooner."""
     max_action_tokens: int = Field(default=40, ge=1)
     """Tokens sampled for one action."""
 

@@ -17,10 +17,12 @@ class ToolError(Exception):
         kind: stable class of the error, such as `unknown_key`.
         message: one sentence for a reader.
         example: a corrected call on another argument, or None.
+
+    `str(error)` is what a model is shown, so TRL's tool loop passes the example on too.
     """
 
     def __init__(self, kind: str, message: str, example: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message if example is None else f"{message} Example: {example}")
         self.kind = kind
         self.message = message
         self.example = example

@@ -161,8 +161,13 @@ def sample_actions(
     trainer.generation_config = copy.deepcopy(whole)
     trainer.generation_config.max_new_tokens = max_new_tokens
     try:
-        # One completion a context: after the first turn every rollout has its own history.
-        action_ids, _ = trainer._generate_single_turn(list(contexts), None, {}, num_generations=1)
+        # Autocast keeps its casts of the weights until the outermost context ends; without this
+        # one it casts every weight again for each token (half of the decode time on CPU).
+        with trainer.accelerator.autocast():
+            # One completion a context: after the first turn each rollout has its own history.
+            action_ids, _ = trainer._generate_single_turn(
+                list(contexts), None, {}, num_generations=1
+            )
     finally:
         trainer.generation_config = whole
     return cast(list[list[int]], action_ids)

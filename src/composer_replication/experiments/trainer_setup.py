@@ -1,0 +1,326 @@
+"""From a run's configuration to a trainer: every check first, the model after it."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import cast
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from composer_replication.config.run_config import RunConfig
+from composer_replication.environments.registry import environment_class
+from composer_replication.errors import ConfigError, DataError, MissingDependencyError, nearest
+from composer_replication.experiments.doctor import cpu_bf16_line
+from composer_replication.experiments.fixed_shapes import FixedShapeRollouts
+from composer_replication.experiments.run_data import RunData, load_run_data, shipped_data
+from composer_replication.runs.run_directory import RunDirectory
+from composer_replication.step.channels import CHANNELS
+from composer_replication.step.optimizer_step import find_channel
+from composer_replication.training.composer_config import ComposerConfig
+from composer_replication.training.model_source import (
+    LoadedModel,
+    check_model_spec,
+    default_model_spec,
+    load_model,
+)
+from composer_replication.training.rewards import RewardFunction, environment_reward, token_reward
+from composer_replication.training.rollouts import EnvironmentRollouts
+from composer_replication.training.trainer import ComposerReplicationTrainer
+
+# Set by other keys of the file, so a second place for them would only contradict.
+_OWNED_KEYS = {
+    "output_dir": "--out",
+    "seed": "seed",
+    "alpha_sdpo": "alpha_sdpo",
+    "beta_replay": "beta_replay",
+    "channel_weights": "[channels]",
+    "channel_schedule": "batch.channel_schedule",
+    "teacher": "teacher",
+    "teacher_ema_rate": "sdpo.teacher_ema_rate",
+    "tree": "tree",
+    "max_steps": "smoke.steps, or [grpo] max_steps of a train run",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RunParts:
+    """A checked configuration with everything but the model's weights."""
+
+    config: RunConfig
+    args: ComposerConfig
+    data: RunData
+    model_spec: str
+    environment: type | None
+    """Class that rollouts are played in; None: fixed shapes, or `reward` judges single turns."""
+    reward: RewardFunction | None
+    """The user's own reward function; None: the environment's."""
+    notes: list[str]
+    """Sentences a reader of the figures must know."""
+
+
+def prepare(config: RunConfig, run: RunDirectory, *, overrides: dict[str, object]) -> RunParts:
+    """Check model name, data and every setting; no weights are read.
+
+    Args:
+        config: of the run.
+        run: where checkpoints, rollouts and metrics go.
+        overrides: GRPOConfig values that the verb sets, such as `max_steps`.
+
+    Raises:
+        InputError: anything that could not work later.
+    """
+    notes: list[str] = []
+    spec = config.model
+    if spec is None:
+        spec, reason = default_model_spec(device().type)
+        notes.append(reason)
+    check_model_spec(spec)
+    data = load_run_data(config.data)
+    for name in config.channels:
+        find_channel(name)
+    _check_channel_data(config, data)
+    environment, reward = _judge(config, data)
+    args = composer_config(config, run, overrides, reference_cache=_reference_cache(data, run))
+    return RunParts(config, args, data, spec, environment, reward, notes)
+
+
+def build_trainer(
+    parts: RunParts, loaded: LoadedModel, callbacks: list[TrainerCallback]
+) -> ComposerReplicationTrainer:
+    """The trainer of a run, its references scored and its teacher made."""
+    config = parts.config
+    rollouts, reward = _rollouts_and_reward(parts, loaded)
+    keywords: dict[str, object] = {}
+    if rollouts is not None:
+        keywords["rollout_func"] = rollouts
+    if config.lora is not None:
+        keywords["peft_config"] = _peft_config(config)
+    fixed = rollouts if isinstance(rollouts, FixedShapeRollouts) else None
+    uses_sites = config.alpha_sdpo > 0 or _weighs(config, "hint_sites")
+    uses_pairs = config.beta_replay > 0 or _weighs(config, "pairs")
+    sites = fixed.hint_sites() if fixed else parts.data.hint_sites
+    pairs = fixed.pairs() if fixed else parts.data.pairs
+    try:
+        return ComposerReplicationTrainer(
+            loaded.model,
+            reward,
+            parts.args,
+            train_dataset=Dataset.from_list(parts.data.prompts),
+            processing_class=loaded.tokenizer,
+            callbacks=callbacks,
+            hint_sites=sites if uses_sites and sites else None,
+            pairs=pairs if uses_pairs else None,
+            **keywords,
+        )
+    except ValueError as error:
+        raise as_config_error(error) from error
+
+
+def composer_config(
+    config: RunConfig, run: RunDirectory, overrides: dict[str, object], *, reference_cache: Path
+) -> ComposerConfig:
+    """`ComposerConfig` from the file's sections, TRL's checks included.
+
+    Raises:
+        ConfigError: an unknown key of `[grpo]`, one that another key owns, or a value TRL refuses.
+    """
+    _check_grpo_keys(config)
+    sdpo, dpo, batch = config.sdpo, config.dpo, config.batch
+    values: dict[str, object] = _device_defaults()
+    values |= {
+        "output_dir": str(run.checkpoints_dir),
+        "seed": config.seed,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "alpha_sdpo": config.alpha_sdpo,
+        "beta_replay": config.beta_replay,
+        "channel_weights": dict(config.channels),
+        "channel_schedule": batch.channel_schedule,
+        "teacher": config.teacher,
+        "teacher_ema_rate": sdpo.teacher_ema_rate,
+        "sdpo_beta": sdpo.beta,
+        "sdpo_temperature": sdpo.temperature,
+        "sdpo_top_k": sdpo.top_k,
+        "sdpo_top_k_from": sdpo.top_k_from,
+        "sdpo_tail": sdpo.tail,
+        "sdpo_clip": sdpo.clip,
+        "sdpo_clip_value": sdpo.clip_value,
+        "hint_placement": sdpo.hint_placement,
+        "hint_site_actions": sdpo.actions,
+        "hint_sites_per_step": sdpo.sites_per_step,
+        "dpo_beta": dpo.beta,
+        "dpo_label_smoothing": dpo.label_smoothing,
+        "pairs_per_step": dpo.pairs_per_step,
+        "max_context_tokens": batch.max_context_tokens,
+        "truncation": batch.truncation,
+        "rollouts_dir": str(run.rollouts_dir),
+        "reference_cache_dir": str(reference_cache),
+    }
+    try:
+        return ComposerConfig(**(values | config.grpo | overrides))  # pyright: ignore[reportArgumentType]
+    except (ValueError, TypeError) as error:
+        raise as_config_error(error) from error
+
+
+def as_config_error(error: Exception) -> ConfigError:
+    """TRL's or transformers' refusal of a value as this package's kind of error."""
+    if isinstance(error, ConfigError):
+        return error
+    return ConfigError(f"{error} (refused by TRL; the value comes from [grpo] or its defaults.)")
+
+
+def load_run_model(parts: RunParts, on_progress: Callable[[str], None]) -> LoadedModel:
+    """The policy's weights, in fp32: bf16 runs keep fp32 master weights under autocast."""
+    dtype = torch.float32
+    given = parts.config.grpo.get("model_init_kwargs")
+    if isinstance(given, dict) and "dtype" in given:
+        dtype = cast(torch.dtype, getattr(torch, str(given["dtype"])))
+    elif parts.config.lora is not None and parts.args.bf16:
+        # The base is frozen, so it needs no fp32 master copy; the adapter is kept in fp32 by PEFT.
+        dtype = torch.bfloat16
+    return load_model(
+        parts.model_spec, dtype=dtype, seed=parts.config.seed, on_progress=on_progress
+    )
+
+
+def device() -> torch.device:
+    """Where the run computes."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_label() -> str:
+    """The actual device in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()}-thread CPU"
+
+
+def _device_defaults() -> dict[str, object]:
+    if device().type == "cuda":
+        return {"bf16": torch.cuda.is_bf16_supported(), "gradient_checkpointing": False}
+    return {
+        # Without bf16 units a CPU emulates it, slower than fp32.
+        "bf16": cpu_bf16_line(Path("/proc/cpuinfo")).is_ok is True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "gradient_checkpointing": False,
+    }
+
+
+def _check_grpo_keys(config: RunConfig) -> None:
+    known = {item.name for item in dataclasses.fields(ComposerConfig) if item.init}
+    for key in config.grpo:
+        if key in _OWNED_KEYS and key != "max_steps":
+            raise ConfigError(
+                f"grpo.{key} is set, but {key} is owned by {_OWNED_KEYS[key]}. Set it there."
+            )
+        if key not in known:
+            raise ConfigError(f"Unknown key grpo.{key}. {nearest(key, known)}")
+
+
+def _check_channel_data(config: RunConfig, data: RunData) -> None:
+    if config.smoke.fixed_shapes is not None:
+        return
+    has_environment = (config.rollout.environment or data.task) is not None
+    if config.alpha_sdpo > 0 and not data.hint_sites and not has_environment:
+        raise DataError(
+            f"alpha_sdpo is {config.alpha_sdpo} and {data.folder} has no hint_sites.jsonl, so SDPO "
+            "could never train. Add hint sites, or set alpha_sdpo = 0."
+        )
+    if config.beta_replay > 0 and not data.pairs:
+        raise DataError(
+            f"beta_replay is {config.beta_replay} and {data.folder} has no pairs.jsonl, so DPO "
+            "could never train. Add pairs, or set beta_replay = 0."
+        )
+
+
+def _rollouts_and_reward(
+    parts: RunParts, loaded: LoadedModel
+) -> tuple[EnvironmentRollouts | FixedShapeRollouts | None, RewardFunction]:
+    config = parts.config
+    if config.smoke.fixed_shapes is not None:
+        num_rows, num_tokens = config.smoke.fixed_shapes
+        parts.notes.append(
+            f"Fixed shapes: nothing is sampled; {num_rows} rows of {num_tokens} tokens a "
+            "micro-batch, and a synthetic reward."
+        )
+        return FixedShapeRollouts(loaded.tokenizer, num_tokens, parts.args), token_reward
+    if parts.environment is None:
+        assert parts.reward is not None
+        return None, parts.reward
+    rollouts = EnvironmentRollouts(
+        parts.environment,
+        parts.data.prompts,
+        max_turns=config.rollout.max_turns,
+        max_action_tokens=config.rollout.max_action_tokens,
+    )
+    if loaded.has_random_weights:
+        parts.notes.append(
+            f"{loaded.label} has random weights: its reward is synthetic (the share of even token "
+            "ids), so it shows memory and time, not learning."
+        )
+        return rollouts, token_reward
+    return rollouts, environment_reward
+
+
+def _judge(config: RunConfig, data: RunData) -> tuple[type | None, RewardFunction | None]:
+    """The environment or the reward function that judges rollouts."""
+    if config.smoke.fixed_shapes is not None:
+        return None, None
+    name = config.rollout.environment or data.task
+    if name is None or config.rollout.reward is not None:
+        return None, _imported_reward(config)
+    return environment_class(name), None
+
+
+def _imported_reward(config: RunConfig) -> RewardFunction:
+    path = config.rollout.reward
+    if path is None:
+        raise ConfigError(
+            "The data names no task and rollout.reward is not set, so rollouts would have no "
+            "reward. Set rollout.environment, or rollout.reward = 'package.module:function'."
+        )
+    module, _, name = path.partition(":")
+    try:
+        return cast(RewardFunction, getattr(import_module(module), name))
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"rollout.reward is {path!r}, which cannot be imported ({error}). "
+            "Write 'package.module:function' of an installed module."
+        ) from error
+
+
+def _peft_config(config: RunConfig) -> object:
+    assert config.lora is not None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise MissingDependencyError(
+            "[lora] is set and the package peft is not installed. "
+            "Install composer-replication[lora]."
+        ) from error
+    return LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=config.lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _weighs(config: RunConfig, data: str) -> bool:
+    weights = config.channels.items()
+    return any(w > 0 and name in CHANNELS and CHANNELS[name].data == data for name, w in weights)
+
+
+def _reference_cache(data: RunData, run: RunDirectory) -> Path:
+    """Beside the user's data; in the run directory for shipped data, which is not ours to write."""
+    is_shipped = data.folder == shipped_data()
+    beside = run.path if is_shipped or not os.access(data.folder, os.W_OK) else data.folder
+    return beside / "reference_logps"
