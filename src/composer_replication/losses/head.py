@@ -180,13 +180,15 @@ def projection_slope(
     if head.softcap is None:
         return scale
     # d/dx cap*tanh(x/cap) = 1 - tanh^2, and the tempered logits are cap*tanh/temperature.
-    return logits.mul(temperature / head.softcap).square_().neg_().add_(1).mul_(scale)
+    # Rows of nan logits have gradient 0, which a slope of nan would undo.
+    slope = logits.mul(temperature / head.softcap).square_().neg_().add_(1).mul_(scale)
+    return slope.nan_to_num_(nan=0.0)
 
 
 def hidden_grad(
     logit_grad: Float[Tensor, "n V"], weight: Float[Tensor, "V H"]
 ) -> Float[Tensor, "n H"]:
-    """`logit_grad @ weight` with fp32 accumulation."""
+    """`logit_grad @ weight` with fp32 sums; on CUDA a bf16 head multiplies bf16 factors."""
     if weight.dtype == logit_grad.dtype:
         return logit_grad @ weight
     if weight.is_cuda and weight.dtype == torch.bfloat16:
@@ -227,7 +229,8 @@ class HeadGrads:
     def add_tile(self, rows: slice, logit_grad: Tensor, is_finite: Tensor) -> None:
         """Add one tile, given the gradient of its `hidden @ weight.T + bias`; consumes it.
 
-        Rows that are not finite (garbage of masked tokens) add nothing: 0 * nan would be nan.
+        Rows that are not finite (garbage of masked tokens) add nothing: 0 * nan would be nan. A
+        soft cap can hide infinite hidden states from `is_finite`, so they are zeroed by themselves.
         """
         hidden, weight, _ = self._inputs
         grad_hidden, grad_weight, grad_bias = self._grads
@@ -235,8 +238,8 @@ class HeadGrads:
         if grad_hidden is not None:
             grad_hidden[rows] = hidden_grad(logit_grad, weight)
         if grad_weight is not None:
-            live_rows = hidden[rows].masked_fill(~is_finite[:, None], 0.0)
-            grad_weight.addmm_(logit_grad.t(), live_rows.to(grad_weight.dtype))
+            live_rows = hidden[rows].to(grad_weight.dtype).nan_to_num(0.0, posinf=0.0, neginf=0.0)
+            grad_weight.addmm_(logit_grad.t(), live_rows)
         if grad_bias is not None:
             grad_bias += logit_grad.sum(0)
 
@@ -267,13 +270,14 @@ class _SelectedLogp(torch.autograd.Function):
         entropy = torch.empty_like(lse) if return_entropy else None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in tiles(hidden.shape[0], tile_rows):
-                logits = tempered_logits(hidden[rows], head, temperature)
-                lse[rows] = logits.logsumexp(-1)
-                target_logits = logits.gather(-1, targets[rows, None]).squeeze(-1)
-                logp[rows] = target_logits - lse[rows]
-                if entropy is not None:
-                    probs = logits.sub_(lse[rows, None]).exp_()
-                    entropy[rows] = -torch.xlogy(probs, probs).sum(-1)
+                # No name holds the logits, so that two tiles never exist at once.
+                lse[rows], logp[rows], tile_entropy = _statistics_(
+                    tempered_logits(hidden[rows], head, temperature),
+                    targets[rows, None],
+                    with_entropy=return_entropy,
+                )
+                if entropy is not None and tile_entropy is not None:
+                    entropy[rows] = tile_entropy
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.head, ctx.temperature, ctx.tile_rows = head, temperature, tile_rows
         # An output that the loss does not use then brings None, not a tensor of zeros to process.
@@ -297,13 +301,34 @@ class _SelectedLogp(torch.autograd.Function):
                 logits = tempered_logits(hidden[rows], head, ctx.temperature)
                 slope = projection_slope(logits, head, ctx.temperature)
                 probs = logits.sub_(lse[rows, None]).exp_()
-                column, entropy_slope = logp_grad[rows, None], None
-                if entropy_grad is not None:
-                    # -dH/dz = p (log p + H); xlogy is 0 at p = 0.
+                if entropy_grad is None:
+                    logit_grad = _logp_grad_(probs, targets[rows, None], logp_grad[rows, None])
+                else:
+                    # dH/dz = -p (log p + H); xlogy is 0 at p = 0.
                     entropy_slope = torch.xlogy(probs, probs).add_(probs * entropy[rows, None])
-                    entropy_slope.mul_(entropy_grad[rows, None])
-                logit_grad = probs.mul_(-column).scatter_add_(-1, targets[rows, None], column)
-                if entropy_slope is not None:
-                    logit_grad -= entropy_slope
+                    logit_grad = _logp_grad_(probs, targets[rows, None], logp_grad[rows, None])
+                    logit_grad -= entropy_slope.mul_(entropy_grad[rows, None])
+                    del entropy_slope
                 grads.add_tile(rows, logit_grad.mul_(slope), lse[rows].isfinite())
+                # Otherwise they stay until the next tile's logits are there.
+                del logits, probs, logit_grad
         return (*grads.in_input_precision(), None, None, None, None, None)
+
+
+def _statistics_(
+    logits: Float[Tensor, "n V"], targets: Int[Tensor, "n 1"], *, with_entropy: bool
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"] | None]:
+    """Log-sum-exp, target log-probability and entropy of each row; overwrites the logits."""
+    lse = logits.logsumexp(-1)
+    logp = logits.gather(-1, targets).squeeze(-1) - lse
+    if not with_entropy:
+        return lse, logp, None
+    probs = logits.sub_(lse[:, None]).exp_()
+    return lse, logp, -torch.xlogy(probs, probs).sum(-1)
+
+
+def _logp_grad_(
+    probs: Float[Tensor, "n V"], targets: Int[Tensor, "n 1"], incoming: Float[Tensor, "n 1"]
+) -> Float[Tensor, "n V"]:
+    """d(log p of the target)/d(logits) = 1[v = target] - p_v, times the incoming gradient."""
+    return probs.mul_(-incoming).scatter_add_(-1, targets, incoming)

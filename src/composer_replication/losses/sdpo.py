@@ -288,15 +288,14 @@ class _FusedDivergence(torch.autograd.Function):
         grad_hidden = torch.empty_like(policy_hidden, dtype=dtype) if needs_hidden_grad else None
         with torch.autocast(policy_hidden.device.type, enabled=False):
             for rows in tiles(policy_hidden.shape[0], tile_rows):
+                hidden_rows = policy_hidden[rows], teacher_hidden[rows]
                 values[rows], logit_grad = _tile(
-                    tempered_logits(policy_hidden[rows], policy_head, options.temperature),
-                    tempered_logits(teacher_hidden[rows], teacher_head, options.temperature),
-                    policy_head,
-                    options,
-                    need_grad=needs_hidden_grad,
+                    *hidden_rows, policy_head, teacher_head, options, need_grad=needs_hidden_grad
                 )
                 if grad_hidden is not None:
                     grad_hidden[rows] = hidden_grad(logit_grad, policy_weight)
+                # Otherwise it stays until the next tile's logits are there: a third more memory.
+                del logit_grad
         ctx.save_for_backward(
             policy_hidden, policy_weight, policy_bias, teacher_hidden, grad_hidden
         )
@@ -319,31 +318,32 @@ class _FusedDivergence(torch.autograd.Function):
         num_rows = policy_hidden.shape[0] if needed[1] or needed[2] else 0
         with torch.autocast(policy_hidden.device.type, enabled=False):
             for rows in tiles(num_rows, ctx.tile_rows):
+                hidden_rows = policy_hidden[rows], teacher_hidden[rows]
                 values, logit_grad = _tile(
-                    tempered_logits(policy_hidden[rows], policy_head, ctx.options.temperature),
-                    tempered_logits(teacher_hidden[rows], ctx.heads[1], ctx.options.temperature),
-                    policy_head,
-                    ctx.options,
-                    need_grad=True,
+                    *hidden_rows, policy_head, ctx.heads[1], ctx.options, need_grad=True
                 )
                 logit_grad *= value_grad[rows, None]
                 head_grads.add_tile(rows, logit_grad, values.isfinite())
+                del logit_grad
         _, grad_weight, grad_bias = head_grads.in_input_precision()
         return (grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None)
 
 
 def _tile(
-    policy_logits: Float[Tensor, "n V"],
-    teacher_logits: Float[Tensor, "n V"],
+    policy_hidden: Float[Tensor, "n H"],
+    teacher_hidden: Float[Tensor, "n G"],
     policy_head: OutputHead,
+    teacher_head: OutputHead,
     options: DivergenceOptions,
     *,
     need_grad: bool,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"]]:
     """Divergences of one tile and, if needed, their gradient at `hidden @ weight.T + bias`.
 
-    Works block by block in the memory of `policy_logits`, which the gradient replaces.
+    Works block by block in the memory of the policy's logits, which the gradient replaces.
     """
+    policy_logits = tempered_logits(policy_hidden, policy_head, options.temperature)
+    teacher_logits = tempered_logits(teacher_hidden, teacher_head, options.temperature)
     values = policy_logits.new_empty(policy_logits.shape[0])
     for rows in blocks(policy_logits):
         block = policy_logits[rows]
