@@ -276,7 +276,8 @@ import json, os, sys, types
 module = types.ModuleType("composer_replication.experiments.smoke")
 def run_smoke(config, run, console):
     from composer_replication.runs.summary import Summary
-    names = [name for name in os.environ if name.startswith(("MALLOC_", "OMP_WAIT", "COMPOSER_", "TOKENIZERS"))]
+    ours = ("MALLOC_", "OMP_WAIT", "COMPOSER_", "TOKENIZERS")
+    names = [name for name in os.environ if name.startswith(ours)]
     seen = {name: os.environ[name] for name in names}
     return Summary(status="passed", notes=[json.dumps(seen), str(os.getpid()), *sys.argv[1:]])
 module.run_smoke = run_smoke

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from composer_replication.cli import main
+from composer_replication.training.trl_hooks import GRPOTrainer
 
 TASK = [
     "--set", "rollout.environment=letters_environment:EvenLetters",
@@ -107,7 +108,11 @@ def test_json_prints_the_summary_and_nothing_else_on_stdout(tiny_model_dir, tmp_
     assert "median step" in captured.err
 
 
-def test_fixed_shapes_sample_nothing_and_fill_every_row(tiny_model_dir, tmp_path):
+def test_fixed_shapes_sample_nothing_and_fill_every_row(tiny_model_dir, tmp_path, monkeypatch):
+    def generate(*arguments, **options):
+        pytest.fail("something was sampled")
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate)
     out = tmp_path / "run"
     options = ("--steps", "2", "--fixed-shapes", "4,96", "--set", "grpo.max_completion_length=32")
     # Without the environment: nothing is sampled, so nothing is judged.

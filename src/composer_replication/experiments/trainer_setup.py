@@ -85,6 +85,9 @@ def prepare(config: RunConfig, run: RunDirectory, *, overrides: dict[str, object
         find_channel(name)
     _check_channel_data(config, data)
     environment, reward = _judge(config, data)
+    if config.smoke.fixed_shapes is not None:
+        # Nothing is sampled: the actions at hint sites are as long as the shape makes them.
+        overrides = {**overrides, "hint_site_actions": "recorded"}
     args = composer_config(config, run, overrides, reference_cache=_reference_cache(data, run))
     return RunParts(config, args, data, spec, environment, reward, notes)
 

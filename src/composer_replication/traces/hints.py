@@ -42,7 +42,8 @@ class HintSite:
     def __post_init__(self) -> None:
         if not self.state:
             raise DataError(
-                f"Hint site {self.source!r} has an empty state. Give the messages before the action."
+                f"Hint site {self.source!r} has an empty state. "
+                "Give the messages before the action."
             )
         if self.state[-1].role == "assistant":
             raise DataError(

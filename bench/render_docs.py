@@ -1,0 +1,176 @@
+"""Write docs/configuration.md from docstrings and docs/measurements.md from bench results.
+
+python bench/render_docs.py          # writes both; a test compares them with what this gives
+"""
+
+import json
+from pathlib import Path
+from typing import get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from composer_replication.config.run_config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+def section_class(field: FieldInfo) -> type[BaseModel] | None:
+    """The model class of a section's field, optional or not; None for a plain key."""
+    for kind in (field.annotation, *get_args(field.annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def key_rows(model: type[BaseModel]) -> list[str]:
+    """A table row for each plain key of a model."""
+    rows: list[str] = []
+    for name, field in model.model_fields.items():
+        if section_class(field) is None:
+            default = field.get_default(call_default_factory=True)
+            text = " ".join((field.description or "").split())
+            text = text.replace("|", "\\|")
+            shown = "none" if default is None else json.dumps(default)
+            rows.append(f"| `{name}` | `{shown}` | {text} |")
+    return rows
+
+
+def configuration() -> str:
+    """docs/configuration.md."""
+    lines = [
+        "# Configuration",
+        "",
+        "One TOML file describes a run; `--set key=value` changes any key, such as",
+        "`--set sdpo.top_k=100`. Unknown keys are refused, with the nearest known one. `configs/`",
+        "has files to start from. This page is written by `bench/render_docs.py` from the code.",
+        "",
+        "| key | default | meaning |",
+        "| --- | --- | --- |",
+        *key_rows(RunConfig),
+    ]
+    for name, field in RunConfig.model_fields.items():
+        section = section_class(field)
+        if section is None:
+            continue
+        optional = " (optional: without it every weight is trained)" if name == "lora" else ""
+        lines += [
+            "",
+            f"## `[{name}]`{optional}",
+            "",
+            "| key | default | meaning |",
+            "| --- | --- | --- |",
+            *key_rows(section),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def result(name: str) -> dict:
+    """What a script in `bench/` printed with `--json`, or a smoke's summary."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def smoke_lines() -> list[str]:
+    """The smoke on the embedded model."""
+    run = result("smoke_smollm2_135m")
+    channels = run["channels"]
+    phases = ", ".join(f"{name} {value:.1f}" for name, value in run["phases_s"].items())
+    return [
+        "## The smoke: SmolLM2-135M-Instruct, 2-core CPU",
+        "",
+        "`composer-replication smoke configs/smoke_smollm2_135m.toml --json`",
+        "",
+        "| figure | value |",
+        "| --- | --- |",
+        f"| optimizer steps | {run['steps']} |",
+        f"| median step | {run['median_step_s']:.1f} s |",
+        f"| p95 step | {run['p95_step_s']:.1f} s |",
+        f"| total | {run['total_s']:.0f} s ({phases}) |",
+        f"| peak memory of the process | {run['peak_gib']:.2f} GiB |",
+        f"| the same after a step at the largest shape | {run['peak_gib_max_shape']:.2f} GiB |",
+        f"| groups without reward spread | {channels['grpo']['frac_reward_zero_std']:.2f} |",
+        f"| mean reward | {channels['grpo']['reward']:.3f} |",
+        f"| SDPO, first step | {channels['sdpo']['loss_first']:.3e} nats a token |",
+        f"| DPO, first step | {channels['dpo']['loss_first']:.4f} (log 2 is 0.6931) |",
+    ]
+
+
+def base_rate_lines() -> list[str]:
+    """The task before any training."""
+    lines = [
+        "",
+        "## The task before training: SmolLM2-135M-Instruct, groups of 4 at temperature 1",
+        "",
+        "`python bench/base_rates.py smollm2-135m --groups 32 --json`",
+        "",
+        "| split | groups | share of groups with reward spread | mean reward | exact success |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for split in ("train", "heldout"):
+        rates = result(f"base_rates_{split}")
+        lines.append(
+            f"| {split} | {rates['groups']} | {rates['share_of_groups_with_spread']:.2f} | "
+            f"{rates['mean_reward']:.3f} | {rates['exact_success']:.3f} |"
+        )
+    return lines
+
+
+def fused_lines() -> list[str]:
+    """Fused SDPO against TRL's two paths."""
+    bench = result("fused_sdpo")
+    shape = f"{bench['rows']} rows, hidden {bench['hidden']}, vocabulary {bench['vocab']:,}, fp32"
+    lines = [
+        "",
+        f"## SDPO through the output head: {bench['machine']}",
+        "",
+        "`python bench/fused_sdpo.py --json`, forward and backward:",
+        f"{shape}, beta {bench['beta']}.",
+        "`full` is the full-logits path of TRL's experimental SDPO trainer, `chunked` is TRL's",
+        "divergence kernel. Loss and gradients were compared first.",
+    ]
+    for case, title in (("frozen_head", "Frozen head"), ("trainable_head", "Trainable head")):
+        found = bench[case]
+        error = max(found["max_relative_errors"].values())
+        lines += [
+            "",
+            f"{title}; equal within {error:.1e} of the largest value.",
+            "",
+            "| path | peak over base, MiB | median, s |",
+            "| --- | --- | --- |",
+            *(
+                f"| {path} | {found['peak_mib'][path]:.0f} | {found['median_s'][path]:.1f} |"
+                for path in found["median_s"]
+            ),
+            "",
+            "| ratio | measured | target |",
+            "| --- | --- | --- |",
+        ]
+        for name, value in found["ratios"].items():
+            target = bench["targets"].get(name) if case == "frozen_head" else None
+            aim = "" if target is None else f"at most {target:.2f}"
+            lines.append(f"| {name} | {value:.3f} | {aim} |")
+    return lines
+
+
+def measurements() -> str:
+    """docs/measurements.md."""
+    head = [
+        "# Measurements",
+        "",
+        "Every figure here was printed by the command above it; the raw output is in",
+        "`bench/results/` and `bench/render_docs.py` writes this page from it. The machines are",
+        "shared: read ratios and medians.",
+        "",
+    ]
+    return "\n".join([*head, *smoke_lines(), *base_rate_lines(), *fused_lines()]) + "\n"
+
+
+def main() -> None:
+    """Write both pages."""
+    (ROOT / "docs" / "configuration.md").write_text(configuration())
+    (ROOT / "docs" / "measurements.md").write_text(measurements())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Docs and code agree: pages that are written by a script, commands, imports, make targets."""
+
+import ast
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from composer_replication.cli import _parse
+from composer_replication.config.loading import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+sys.path.insert(0, str(ROOT / "bench"))
+render_docs = importlib.import_module("render_docs")
+
+
+def code_blocks(language):
+    found = []
+    for page in PAGES:
+        pattern = rf"```{language}\n(.*?)```"
+        found += re.findall(pattern, page.read_text(), flags=re.DOTALL)
+    return found
+
+
+def command_lines():
+    lines = [line for block in code_blocks("bash") for line in block.splitlines()]
+    inline = [text for page in PAGES for text in re.findall(r"`([^`\n]+)`", page.read_text())]
+    commands = [*lines, *inline]
+    return [part.strip() for line in commands for part in line.split("#")[0].split("&&")]
+
+
+OURS = sorted({c for c in command_lines() if c.startswith("composer-replication ")})
+MAKE = sorted({c for c in command_lines() if c.startswith("make ")})
+SCRIPTS = sorted({c for c in command_lines() if c.startswith("python ")})
+
+
+def test_the_configuration_page_is_what_the_code_says():
+    assert (ROOT / "docs/configuration.md").read_text() == render_docs.configuration()
+
+
+def test_every_figure_of_the_measurements_page_comes_from_a_stored_result():
+    assert (ROOT / "docs/measurements.md").read_text() == render_docs.measurements()
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_a_documented_command_is_one_the_program_takes(command):
+    arguments = shlex.split(command)[1:]
+    if arguments[0] in ("VERB", "--help"):
+        return
+    _, options = _parse(arguments)
+    config = getattr(options, "config", None)
+    if config is not None and config.parts[0] == "configs":
+        load_config(ROOT / config, options.set)
+
+
+@pytest.mark.parametrize("command", MAKE)
+def test_a_documented_make_target_exists(command):
+    assert f"\n{command.split()[1]}:" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_a_documented_script_exists(command):
+    assert (ROOT / command.split()[1]).is_file()
+
+
+@pytest.mark.parametrize("block", code_blocks("python"))
+def test_the_imports_of_a_documented_example_work(block):
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_docs_name_files_that_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_the_readme_and_the_docs_were_found():
+    assert len(OURS) >= 5
+    assert len(MAKE) >= 2
+    assert len(SCRIPTS) >= 2
