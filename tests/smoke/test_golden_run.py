@@ -1,8 +1,8 @@
 """Ten steps of the tiny model at fixed shapes, against stored figures.
 
-Nothing is sampled, so the figures depend on the arithmetic alone. Refresh `golden_run.json` only with
-the reason in the commit: `python -m pytest tests/smoke/test_golden_run.py` writes what it saw to
-its temporary folder and names it.
+Nothing is sampled, so the figures depend on the arithmetic alone. The test leaves what it saw in
+its run directory as `golden_run.json` and names it when it fails; copy that over the stored file
+only with the reason in the commit.
 """
 
 import json

@@ -38,7 +38,9 @@ def all_equal(completion_ids, **columns):
 def build(tmp_path, tiny_llama, smollm2_tokenizer):
     """`build(reward=..., hint_sites=..., pairs=..., **config)` -> a trainer on a tiny model."""
 
-    def make(reward=even_tokens, hint_sites=SITES, pairs=PAIRS, model=None, **changes):
+    def make(
+        reward=even_tokens, hint_sites=SITES, pairs=PAIRS, model=None, peft_config=None, **changes
+    ):
         values = {
             "output_dir": str(tmp_path / "out"),
             "use_cpu": True,
@@ -66,6 +68,7 @@ def build(tmp_path, tiny_llama, smollm2_tokenizer):
             processing_class=smollm2_tokenizer,
             hint_sites=hint_sites,
             pairs=pairs,
+            peft_config=peft_config,
         )
 
     return make
@@ -308,3 +311,27 @@ def test_gradient_checkpointing_changes_no_number(build):
     rows = [run(build(gradient_checkpointing=on, max_steps=1))[0] for on in (False, True)]
     for name in ("loss/grpo", "loss/sdpo", "loss/dpo", "grad_norm"):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-5), name
+
+
+def test_under_lora_only_the_adapter_trains_and_the_base_is_teacher_and_reference(
+    build, tiny_llama
+):
+    from peft import LoraConfig
+
+    trainer = build(
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        max_steps=3,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+    )
+    rows = run(trainer)
+    assert rows[0]["loss/dpo"] == pytest.approx(0.693147, abs=1e-5)
+    assert rows[-1]["loss/dpo"] < rows[0]["loss/dpo"]
+    assert all(row["loss/sdpo"] > 0 for row in rows)
+    base = dict(tiny_llama().named_parameters())
+    for name, parameter in trainer.model.get_base_model().named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, base[name.replace(".base_layer", "")]), name
+    with trainer.teacher.open() as teacher:
+        assert teacher is trainer.model
+    assert trainer.teacher.state() == {}
