@@ -21,7 +21,6 @@ from composer_replication.losses.divergence import (
     divergence_,
 )
 from composer_replication.losses.head import (
-    TILE_ROWS,
     HeadGrads,
     OutputHead,
     as_head,
@@ -30,6 +29,7 @@ from composer_replication.losses.head import (
     hidden_grad,
     projection_slope,
     tempered_logits,
+    tile_rows_for,
     tiles,
 )
 
@@ -183,7 +183,7 @@ def fused_generalized_jsd(
     tail: bool = False,
     clip: str | None = None,
     clip_value: float | None = None,
-    tile_rows: int = TILE_ROWS,
+    tile_rows: int | None = None,
 ) -> Float[Tensor, " N"]:
     """`generalized_jsd` of two LM heads' outputs, without ever building [tokens, vocabulary].
 
@@ -204,7 +204,8 @@ def fused_generalized_jsd(
         tail: add one entry with the mass of all others.
         clip: "token" or "entry".
         clip_value: nats per token or per entry.
-        tile_rows: rows projected at once; memory is about 2 * tile_rows * V * 4 bytes.
+        tile_rows: rows projected at once; memory is about 2 * tile_rows * V * 4 bytes. None: by
+            device.
 
     Raises:
         ConfigError: an option is out of range.
@@ -215,8 +216,8 @@ def fused_generalized_jsd(
     """
     options = DivergenceOptions(beta, temperature, top_k, top_k_from, tail, clip, clip_value)
     policy, teacher = as_head(policy_head), as_head(teacher_head)
-    check_projection("policy_hidden", policy_hidden, policy, tile_rows)
-    check_projection("teacher_hidden", teacher_hidden, teacher, tile_rows)
+    check_projection("policy_hidden", policy_hidden, policy)
+    check_projection("teacher_hidden", teacher_hidden, teacher)
     if policy_hidden.shape[0] != teacher_hidden.shape[0]:
         raise DataError(
             f"policy_hidden has {policy_hidden.shape[0]} rows and teacher_hidden "
@@ -231,7 +232,7 @@ def fused_generalized_jsd(
         policy,
         teacher,
         options,
-        tile_rows,
+        tile_rows_for(policy_hidden, tile_rows),
         torch.is_grad_enabled(),
     )
     return _clip_tokens(cast("Tensor", rows), options)

@@ -15,20 +15,17 @@ from typing import cast
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
 from composer_replication.batch.collate import ComposerDataCollator
 from composer_replication.errors import ConfigError, TrainingError
 from composer_replication.step.channels import CHANNELS, ChannelSum
-from composer_replication.step.optimizer_step import channel_sums, find_channel
+from composer_replication.step.optimizer_step import channel_sums
 from composer_replication.traces.hints import HintSite
 from composer_replication.traces.pairs import PreferencePair
 from composer_replication.training.channel_plan import MicroBatch, plan_step, scheduled
-from composer_replication.training.composer_config import (
-    DEFAULT_ALPHA_SDPO,
-    DEFAULT_BETA_REPLAY,
-    ComposerConfig,
-)
+from composer_replication.training.channel_weights import channel_weights
+from composer_replication.training.composer_config import ComposerConfig
 from composer_replication.training.metrics import StepClock
 from composer_replication.training.record_loader import RecordLoader, hint_sites_from, pairs_from
 from composer_replication.training.references import with_references
@@ -37,7 +34,12 @@ from composer_replication.training.rewards import RewardFunction, environment_re
 from composer_replication.training.rollout_log import rollout_rows, write_rollouts
 from composer_replication.training.rollouts import EnvironmentRollouts
 from composer_replication.training.site_sampling import sample_site_actions
-from composer_replication.training.teacher import PolicyTeacher, Teacher, make_teacher
+from composer_replication.training.teacher import (
+    PolicyTeacher,
+    Teacher,
+    TeacherCallback,
+    make_teacher,
+)
 from composer_replication.training.trl_hooks import GRPOConfig, GRPOTrainer
 
 Inputs = dict[str, Tensor]
@@ -127,7 +129,7 @@ class ComposerReplicationTrainer(GRPOTrainer):
                 ema_rate=args.teacher_ema_rate,
                 has_adapters=self._has_adapters,
             )
-            self.add_callback(_TeacherCallback(self.teacher))
+            self.add_callback(TeacherCallback(self.teacher))
             if sites is not None:
                 self._site_loader = RecordLoader(sites, args.seed)
         if "pairs" in data and pairs is not None:
@@ -377,54 +379,3 @@ class ComposerReplicationTrainer(GRPOTrainer):
     def _loaders(self) -> dict[str, RecordLoader[HintSite] | RecordLoader[PreferencePair]]:
         loaders = {"hint_sites": self._site_loader, "pairs": self._pair_loader}
         return {name: loader for name, loader in loaders.items() if loader is not None}
-
-
-class _TeacherCallback(TrainerCallback):
-    """Lets the teacher follow the policy once an optimizer step."""
-
-    def __init__(self, teacher: Teacher) -> None:
-        self._teacher = teacher
-
-    def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        """Update the teacher after the optimizer moved the policy."""
-        del args, state, control, kwargs
-        self._teacher.update()
-
-
-def channel_weights(
-    args: ComposerConfig, *, has_hint_sites: bool, has_pairs: bool
-) -> dict[str, float]:
-    """The extra channels that are on, with their weights.
-
-    Raises:
-        ConfigError: a weight above 0 whose channel could never have data.
-    """
-    has_data = {"hint_sites": has_hint_sites, "pairs": has_pairs, "rollouts": True}
-    asked = {
-        "sdpo": (args.alpha_sdpo, DEFAULT_ALPHA_SDPO, "alpha_sdpo"),
-        "dpo": (args.beta_replay, DEFAULT_BETA_REPLAY, "beta_replay"),
-    }
-    weights: dict[str, float] = {}
-    for name, (given, default, key) in asked.items():
-        data = CHANNELS[name].data
-        weight = given if given is not None else default * has_data[data]
-        if weight > 0 and not has_data[data]:
-            raise ConfigError(
-                f"{key} is {weight} and no {data} were given, so the channel could never train. "
-                f"Pass {data}= to the trainer, or set {key} = 0."
-            )
-        weights[name] = weight
-    for name, weight in args.channel_weights.items():
-        if find_channel(name).name in ("grpo", "sdpo", "dpo"):
-            raise ConfigError(
-                f"channel_weights has {name!r}, which has a setting of its own. Use alpha_sdpo or "
-                "beta_replay; GRPO's weight is 1."
-            )
-        data = CHANNELS[name].data
-        if weight > 0 and not has_data[data]:
-            raise ConfigError(
-                f"channel_weights[{name!r}] is {weight} and no {data} were given, so the channel "
-                f"could never train. Pass {data}= to the trainer, or set the weight to 0."
-            )
-        weights[name] = weight
-    return {name: weight for name, weight in weights.items() if weight > 0}
