@@ -18,13 +18,22 @@ COLUMNS = (
 )
 # On-policy GRPO's loss is the mean advantage, 0 up to rounding; below this it says nothing.
 NEAR_ZERO_LOSS = 1e-3
+# Above this share of rollouts cut off at their limit, rewards judge unfinished actions.
+MANY_CUT_OFF = 0.5
 
 
 class LiveTable:
     """Prints rows as steps finish; each remark appears once."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, is_sampled: bool = True) -> None:
+        """Keep where rows go.
+
+        Args:
+            console: shows them.
+            is_sampled: False for rows of fixed shape, whose lengths say nothing.
+        """
         self._console = console
+        self._is_sampled = is_sampled
         self._remarked: set[str] = set()
         self._has_header = False
 
@@ -40,7 +49,7 @@ class LiveTable:
             highlight=False,
             soft_wrap=True,
         )
-        for key, sentence in remarks(row).items():
+        for key, sentence in remarks(row, is_sampled=self._is_sampled).items():
             if key not in self._remarked:
                 self._remarked.add(key)
                 self._console.print(
@@ -48,7 +57,7 @@ class LiveTable:
                 )
 
 
-def remarks(row: MetricsRow) -> dict[str, str]:
+def remarks(row: MetricsRow, *, is_sampled: bool = True) -> dict[str, str]:
     """One sentence for each number of a row that looks odd, by a stable key."""
     found: dict[str, str] = {}
     grpo = _number(row, "loss/grpo")
@@ -67,7 +76,7 @@ def remarks(row: MetricsRow) -> dict[str, str]:
     if _number(row, "pairs/dpo") == 0:
         found["no_pairs"] = "no pair this step: DPO was 0."
     clipped = _number(row, "completions/clipped_ratio")
-    if clipped is not None and clipped > 0.5:
+    if is_sampled and clipped is not None and clipped > MANY_CUT_OFF:
         found["cut_off"] = (
             f"{clipped:.0%} of the rollouts were cut off at their token limit; "
             "raise rollout.max_action_tokens."

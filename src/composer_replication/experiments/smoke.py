@@ -18,6 +18,7 @@ from composer_replication.experiments.extra_steps import (
     step_at_largest_shape,
     step_with_top_k,
 )
+from composer_replication.experiments.fixed_shapes import full_length_sites
 from composer_replication.experiments.live_table import LiveTable
 from composer_replication.experiments.quiet_libraries import quiet_libraries, without_printed_logs
 from composer_replication.experiments.run_figures import channel_checks, channel_figures, percentile
@@ -78,11 +79,11 @@ def run_smoke(config: RunConfig, run: RunDirectory, console: Console) -> Summary
     steps = config.smoke.steps or MAX_STEPS
     parts = prepare(config, run, overrides={"max_steps": steps, "save_strategy": "no"})
     _print_header(parts, console)
-    loaded = load_run_model(parts, on_progress=lambda text: console.print(f"     {text}"))
+    loaded = load_run_model(parts, on_progress=lambda text: console.print(text, soft_wrap=True))
     load_s = time.perf_counter() - started_s
     reset_peak(device())
 
-    table = LiveTable(console)
+    table = LiveTable(console, is_sampled=config.smoke.fixed_shapes is None)
     metrics = StepMetricsCallback(device(), run.append_metrics, table.add)
     callbacks: list[TrainerCallback] = [metrics]
     if config.smoke.steps is None and device().type == "cpu":
@@ -183,15 +184,20 @@ def summarise(seen: SmokeMeasurements, channel_weights: dict[str, float], label:
 def _extra_steps(
     trainer: ComposerReplicationTrainer, parts: RunParts
 ) -> tuple[ExtraStep | None, ExtraStep | None]:
-    top_k = None
-    if "sdpo" in trainer.channel_weights and parts.data.hint_sites:
-        num_sites = parts.args.hint_sites_per_step
-        top_k = step_with_top_k(trainer, parts.data.hint_sites[:num_sites])
-    if parts.config.smoke.fixed_shapes is not None:
+    tokenizer, num_sites = trainer.collator.tokenizer, parts.args.hint_sites_per_step
+    shape = parts.config.smoke.fixed_shapes
+    sites = (
+        parts.data.hint_sites[:num_sites]
+        if shape is None
+        else full_length_sites(tokenizer, shape[1], num_sites)
+    )
+    has_sdpo = "sdpo" in trainer.channel_weights and len(sites) > 0
+    top_k = step_with_top_k(trainer, sites) if has_sdpo else None
+    if shape is not None:
         return None, top_k
     completion = int(parts.args.max_completion_length or 0)
     limit = parts.config.smoke.max_shape_tokens or completion + longest_prompt(
-        parts.data.prompts, trainer.collator.tokenizer
+        parts.data.prompts, tokenizer
     )
     context = parts.args.max_context_tokens or limit
     return step_at_largest_shape(trainer, limit, context), top_k

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint
 
+from composer_replication.config.execution_sections import SmokeConfig
 from composer_replication.config.run_config import RunConfig
 from composer_replication.errors import RunDirectoryError
 from composer_replication.experiments.live_table import LiveTable
@@ -43,9 +44,10 @@ def run_train(
     """
     started_s = time.perf_counter()
     checkpoint = _last_checkpoint(run) if resume else None
-    parts = prepare(config, run, overrides={})
+    # A smoke's file may be trained as it is; its fixed shapes are the smoke's alone.
+    parts = prepare(config.model_copy(update={"smoke": SmokeConfig()}), run, overrides={})
     console.print(f"train on {parts.model_spec}, {device_label()}", highlight=False, soft_wrap=True)
-    loaded = load_run_model(parts, on_progress=lambda text: console.print(f"      {text}"))
+    loaded = load_run_model(parts, on_progress=lambda text: console.print(text, soft_wrap=True))
     load_s = time.perf_counter() - started_s
     reset_peak(device())
 
