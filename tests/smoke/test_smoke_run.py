@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -190,6 +191,16 @@ def test_a_mistake_is_named_with_its_remedy_and_exit_code_2_before_a_model_loads
     arguments = ["smoke", "--model", str(tiny_model_dir), "--out", str(tmp_path / "run")]
     assert main([*arguments, *TASK, "--steps", "1", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_trl_that_cannot_run_on_a_cpu_is_named_before_a_model_loads(
+    tiny_model_dir, tmp_path, capsys, monkeypatch
+):
+    setup = "composer_replication.experiments.trainer_setup"
+    monkeypatch.setattr(f"{setup}.version", lambda name: "1.15.0")
+    monkeypatch.setattr(f"{setup}.device", lambda: torch.device("cpu"))
+    assert smoke(tiny_model_dir, tmp_path / "run") == 2
+    assert "Install trl>=1.16,<1.17" in capsys.readouterr().err
 
 
 def test_data_that_cannot_feed_a_channel_is_refused_before_the_model_loads(

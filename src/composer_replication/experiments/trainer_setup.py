@@ -5,11 +5,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
 import torch
 from datasets import Dataset
+from packaging.version import Version
 from transformers import TrainerCallback
 
 from composer_replication.config.run_config import RunConfig
@@ -74,6 +76,7 @@ def prepare(config: RunConfig, run: RunDirectory, *, overrides: dict[str, object
     Raises:
         InputError: anything that could not work later.
     """
+    _check_trl()
     notes: list[str] = []
     spec = config.model
     if spec is None:
@@ -202,6 +205,16 @@ def device_label() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()}-thread CPU"
+
+
+def _check_trl() -> None:
+    """TRL 1.15's fused output head exists only where Triton does."""
+    installed = version("trl")
+    if device().type == "cpu" and Version(installed) < Version("1.16"):
+        raise MissingDependencyError(
+            f"trl {installed} is installed and this machine has no CUDA device. Its GRPO trainer "
+            "needs Triton, so no step could run on a CPU. Install trl>=1.16,<1.17."
+        )
 
 
 def _device_defaults() -> dict[str, object]:

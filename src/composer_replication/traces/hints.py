@@ -109,9 +109,10 @@ def require_text(
 ) -> str:
     """The text under `key`, or a `DataError` that says what is there instead.
 
-    A missing key is `default`, where one is given.
+    A missing key, or the None that a dataset's column holds for it, is `default` where one is
+    given.
     """
-    value = row.get(key, default)
+    value = default if row.get(key) is None and default is not None else row.get(key)
     if not isinstance(value, str):
         raise DataError(f"{where}: {key!r} is {value!r}; it must be text.")
     return value

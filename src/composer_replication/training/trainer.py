@@ -270,7 +270,8 @@ class ComposerReplicationTrainer(GRPOTrainer):
         """Micro-batches for every optimizer step that this generation feeds."""
         args = self._composer_args
         accumulation = args.gradient_accumulation_steps
-        num_steps = int(args.steps_per_generation or 1) // accumulation
+        # Each further iteration over the same rollouts takes its own hint sites and pairs.
+        num_steps = int(args.steps_per_generation or 1) * args.num_iterations // accumulation
         data = {CHANNELS[name].data for name in self.channel_weights}
         sites = self._sites_for(rollout_sites, num_steps) if "hint_sites" in data else []
         plan: list[MicroBatch] = []
@@ -293,7 +294,9 @@ class ComposerReplicationTrainer(GRPOTrainer):
         """Error turns of the rollouts first; the given hint sites fill what they leave."""
         args = self._composer_args
         wanted = args.hint_sites_per_step * num_steps
-        sites = rollout_sites[:wanted]
+        # Spread over the rollouts: neighbours are turns of one episode.
+        num_found = min(wanted, len(rollout_sites))
+        sites = [rollout_sites[i * len(rollout_sites) // num_found] for i in range(num_found)]
         # Every rank moves its loader by the same amount, whatever its own rollouts gave.
         missing = wanted - len(sites)
         if self._site_loader is None:

@@ -41,6 +41,11 @@ def test_a_mistake_in_a_row_names_the_place_and_the_fix(change, message):
         hint_site_from_row(hint_site_row(SITE) | change, "hint_sites.jsonl, line 3")
 
 
+def test_a_dataset_column_that_is_none_counts_as_missing():
+    row = hint_site_row(SITE) | {"error_kind": None, "source": None}
+    assert hint_site_from_row(row, "x").source == ""
+
+
 def test_a_pair_row_refuses_a_weight_that_is_not_a_number():
     with pytest.raises(DataError, match="'weight' is 'high'"):
         pair_from_row(pair_row(PAIR) | {"weight": "high"}, "pairs.jsonl, line 1")

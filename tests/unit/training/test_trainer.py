@@ -167,6 +167,12 @@ def test_several_optimizer_steps_a_generation_each_get_their_own_records(build):
     assert first.tolist() != second.tolist()
 
 
+def test_each_iteration_over_the_same_rollouts_takes_its_own_turn_and_records(build):
+    rows = run(build(channel_schedule="alternate", num_iterations=2, max_steps=4))
+    assert [row["tokens/sdpo"] > 0 for row in rows] == [True, False, True, False]
+    assert [row["pairs/dpo"] for row in rows] == [0, 4, 0, 4]
+
+
 def test_overridden_channel_methods_are_what_the_step_calls(build):
     trainer = build(max_steps=1, alpha_sdpo=0.5, beta_replay=0.25)
     trainer._compute_sdpo_loss = lambda model, inputs: (
