@@ -270,6 +270,10 @@ def _compute(verb: str, options: argparse.Namespace) -> tuple[str, int]:
     from composer_replication.config.loading import dump_config, load_config
 
     config = load_config(options.config, _overrides(verb, options))
+    if verb == "smoke" and options.config is None:
+        from composer_replication.experiments.smoke_defaults import with_smoke_defaults
+
+        config = with_smoke_defaults(config)
     with _open_run(options, config.name) as run:
         if options.resume:
             _refuse_another_configuration(run, config)

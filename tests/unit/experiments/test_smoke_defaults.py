@@ -1,0 +1,48 @@
+"""A smoke without a file runs what the shipped files run, and keeps what was given."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from composer_replication.config.loading import dump_config, load_config
+from composer_replication.experiments import smoke_defaults
+from composer_replication.experiments.smoke_defaults import with_smoke_defaults
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """`on("cuda")`: as if the device were that one."""
+    return lambda kind: monkeypatch.setattr(smoke_defaults, "device", lambda: torch.device(kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("cpu", "smoke_smollm2_135m.toml"), ("cuda", "smoke_qwen2.5_0.5b.toml")]
+)
+def test_the_defaults_are_those_of_the_shipped_file(on, kind, name):
+    on(kind)
+    shipped = load_config(CONFIGS / name, [])
+    config = with_smoke_defaults(load_config(None, []))
+    ignored = {"logging_steps"}
+    assert config.grpo == {k: v for k, v in shipped.grpo.items() if k not in ignored}
+    for section in ("rollout", "dpo", "batch", "smoke", "sdpo"):
+        assert getattr(config, section) == getattr(shipped, section), section
+
+
+def test_what_was_given_is_kept_and_a_group_stays_whole(on):
+    on("cpu")
+    given = ["grpo.num_generations=8", "rollout.max_turns=5", "smoke.steps=3"]
+    config = with_smoke_defaults(load_config(None, given))
+    assert config.grpo["num_generations"] == config.grpo["per_device_train_batch_size"] == 8
+    assert (config.rollout.max_turns, config.rollout.max_action_tokens) == (5, 24)
+    assert config.smoke.steps == 3
+
+
+def test_the_resolved_configuration_reloads_as_it_is(on, tmp_path):
+    on("cuda")
+    config = with_smoke_defaults(load_config(None, ["smoke.fixed_shapes=[2, 128]"]))
+    path = tmp_path / "config.toml"
+    path.write_text(dump_config(config))
+    assert load_config(path, []) == config
