@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +19,7 @@ from composer_replication.traces.pairs import PreferencePair
 from composer_replication.traces.trace import messages_from
 from composer_replication.training.channel_plan import plan_step
 from composer_replication.training.metrics import StepClock, peak_gib, reset_peak
-from composer_replication.training.references import score_references
+from composer_replication.training.references import fill_references, score_references
 from composer_replication.training.teacher import PolicyTeacher
 from composer_replication.training.trainer import ComposerReplicationTrainer
 
@@ -76,15 +75,7 @@ def step_with_top_k(trainer: ComposerReplicationTrainer, sites: Sequence[HintSit
     trainer.step_settings = replace(whole, sdpo=replace(whole.sdpo, top_k=TOP_K, tail=True))
     clock = StepClock(trainer.accelerator.device)
     try:
-        micro_batch = plan_step(
-            sites,
-            [],
-            num_micro_batches=1,
-            collator=trainer.collator,
-            channels=["sdpo"],
-            sum_over_ranks=lambda counts: counts,
-        )[0]
-        inputs = micro_batch.inputs(trainer.accelerator.device)
+        inputs = _channel_inputs(trainer, sites, [], ["sdpo"])
         clock.start("top_k")
         loss = trainer._compute_sdpo_loss(cast(nn.Module, trainer.model_wrapped), inputs)
         trainer.accelerator.backward(loss)
@@ -106,16 +97,8 @@ def _run(
     num_tokens: int,
 ) -> ExtraStep:
     device = trainer.accelerator.device
-    micro_batch = plan_step(
-        sites,
-        pairs,
-        num_micro_batches=1,
-        collator=trainer.collator,
-        channels=list(trainer.channel_weights),
-        sum_over_ranks=lambda counts: counts,
-    )[0]
     inputs = {name: tensor.to(device) for name, tensor in rollouts.items()}
-    inputs |= micro_batch.inputs(device)
+    inputs |= _channel_inputs(trainer, sites, pairs, list(trainer.channel_weights))
     clock = StepClock(device)
     reset_peak(device)
     model = cast(nn.Module, trainer.model_wrapped)
@@ -130,7 +113,24 @@ def _run(
     return ExtraStep(num_rows, num_tokens, step_s, peak, loss.item())
 
 
-@torch.no_grad()
+def _channel_inputs(
+    trainer: ComposerReplicationTrainer,
+    sites: Sequence[HintSite],
+    pairs: Sequence[PreferencePair],
+    channels: Sequence[str],
+) -> dict[str, Tensor]:
+    """The records as one micro-batch that is the whole step of this process."""
+    (micro_batch,) = plan_step(
+        sites,
+        pairs,
+        num_micro_batches=1,
+        collator=trainer.collator,
+        channels=channels,
+        sum_over_ranks=lambda counts: counts,
+    )
+    return micro_batch.inputs(trainer.accelerator.device)
+
+
 def _with_current_references(
     trainer: ComposerReplicationTrainer, pairs: list[PreferencePair]
 ) -> list[PreferencePair]:
@@ -139,7 +139,4 @@ def _with_current_references(
         cast(nn.Module, trainer.model), trainer._autocast, without_adapters=False
     )
     scores = score_references(pairs, current, trainer.collator, batch_size=len(pairs))
-    return [
-        replace(pair, ref_chosen_logp=chosen, ref_rejected_logp=rejected)
-        for pair, chosen, rejected in zip(pairs, scores.chosen, scores.rejected, strict=True)
-    ]
+    return fill_references(pairs, scores)

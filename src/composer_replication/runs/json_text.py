@@ -11,14 +11,15 @@ def to_json_text(payload: object, *, indent: int | None = None) -> str:
     Raises:
         TypeError: a value that JSON cannot hold.
     """
-    return json.dumps(_without_non_finite(payload), indent=indent, allow_nan=False)
+    return json.dumps(without_non_finite(payload), indent=indent, allow_nan=False)
 
 
-def _without_non_finite(value: object) -> object:
+def without_non_finite(value: object) -> object:
+    """The same value with tuples as lists and None for every float that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _without_non_finite(inner) for key, inner in value.items()}
+        return {key: without_non_finite(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_without_non_finite(inner) for inner in value]
+        return [without_non_finite(inner) for inner in value]
     return value

@@ -11,6 +11,7 @@ from filelock import FileLock
 from composer_replication.errors import RunDirectoryError
 from composer_replication.runs.atomic_files import is_temporary, write_text_atomically
 from composer_replication.runs.json_text import to_json_text
+from composer_replication.runs.rollout_files import write_rollouts
 from composer_replication.runs.run_lock import LOCK_FILE, OWNER_FILE, take_lock
 from composer_replication.runs.summary import Summary
 
@@ -148,9 +149,7 @@ class RunDirectory:
 
     def write_rollouts(self, step: int, rows: Iterable[Mapping[str, object]]) -> None:
         """Replace the file of `step` by one JSON line for each rollout."""
-        self.rollouts_dir.mkdir(exist_ok=True)
-        text = "".join(to_json_text(row) + "\n" for row in rows)
-        write_text_atomically(self.rollouts_dir / f"step_{step:06d}.jsonl", text)
+        write_rollouts(self.rollouts_dir, step, rows)
 
     def _step_of(self, line: str, number: int, num_lines: int) -> int | None:
         """The row's step; None for a last line that a killed writer left unfinished."""

@@ -26,6 +26,8 @@ class RecordLoader(Generic[Record]):
         self.records = tuple(records)
         self.seed = seed
         self.position = 0
+        # One shuffle a pass, not one a record: a pass may hold 100,000.
+        self._pass: tuple[int, list[int]] = (-1, [])
 
     def take(self, num_records: int, *, rank: int = 0, num_ranks: int = 1) -> list[Record]:
         """The next `num_records` for this rank; every rank moves past all of them."""
@@ -35,9 +37,11 @@ class RecordLoader(Generic[Record]):
 
     def _at(self, index: int) -> Record:
         pass_number, offset = divmod(index, len(self.records))
-        order = list(range(len(self.records)))
-        random.Random(f"{self.seed}-{pass_number}").shuffle(order)
-        return self.records[order[offset]]
+        if self._pass[0] != pass_number:
+            order = list(range(len(self.records)))
+            random.Random(f"{self.seed}-{pass_number}").shuffle(order)
+            self._pass = (pass_number, order)
+        return self.records[self._pass[1][offset]]
 
 
 def hint_sites_from(rows: Sequence[HintSite | Mapping[str, object]]) -> list[HintSite]:

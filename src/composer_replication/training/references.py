@@ -27,12 +27,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class ReferenceScores:
-    """Reference sums of both actions of each pair, in nats, and where they came from."""
+    """Reference sums of both actions of each pair, in nats."""
 
     chosen: list[float]
     rejected: list[float]
-    key: str
-    is_cached: bool
 
 
 def with_references(
@@ -58,20 +56,27 @@ def with_references(
     """
     key = reference_key(pairs, policy, collator, precision=precision, batch_size=batch_size)
     cache_file = cache_dir / f"{key}.json"
-    if cache_file.is_file():
-        scores = _read(cache_file, key, len(pairs))
+    is_cached = cache_file.is_file()
+    if is_cached:
+        scores = _read(cache_file, len(pairs))
     else:
-        scores = score_references(pairs, reference, collator, batch_size=batch_size, key=key)
+        scores = score_references(pairs, reference, collator, batch_size=batch_size)
         cache_dir.mkdir(parents=True, exist_ok=True)
         payload = {"schema": SCHEMA, "chosen": scores.chosen, "rejected": scores.rejected}
         write_text_atomically(cache_file, json.dumps(payload))
-    filled = [
+    return fill_references(pairs, scores), is_cached
+
+
+def fill_references(
+    pairs: Sequence[PreferencePair], scores: ReferenceScores
+) -> list[PreferencePair]:
+    """The pairs with their reference sums; a pair that carries both already keeps them."""
+    return [
         pair
         if pair.ref_chosen_logp is not None and pair.ref_rejected_logp is not None
         else replace(pair, ref_chosen_logp=chosen, ref_rejected_logp=rejected)
         for pair, chosen, rejected in zip(pairs, scores.chosen, scores.rejected, strict=True)
     ]
-    return filled, scores.is_cached
 
 
 @torch.no_grad()
@@ -81,7 +86,6 @@ def score_references(
     collator: ComposerDataCollator,
     *,
     batch_size: int,
-    key: str = "",
 ) -> ReferenceScores:
     """Score both actions of every pair under the reference's weights."""
     chosen: list[float] = []
@@ -93,7 +97,7 @@ def score_references(
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
             chosen += score_actions(model, tensors, "dpo_chosen").tolist()
             rejected += score_actions(model, tensors, "dpo_rejected").tolist()
-    return ReferenceScores(chosen, rejected, key, is_cached=False)
+    return ReferenceScores(chosen, rejected)
 
 
 def reference_key(
@@ -129,7 +133,7 @@ def reference_key(
     return digest.hexdigest()
 
 
-def _read(cache_file: Path, key: str, num_pairs: int) -> ReferenceScores:
+def _read(cache_file: Path, num_pairs: int) -> ReferenceScores:
     try:
         payload = json.loads(cache_file.read_text())
         chosen, rejected = list(payload["chosen"]), list(payload["rejected"])
@@ -143,4 +147,4 @@ def _read(cache_file: Path, key: str, num_pairs: int) -> ReferenceScores:
             f"The reference cache {cache_file} holds {len(chosen)} pairs and {num_pairs} are "
             "needed. Delete the file; it is scored again at the next start."
         )
-    return ReferenceScores(chosen, rejected, key, is_cached=True)
+    return ReferenceScores(chosen, rejected)

@@ -1,14 +1,11 @@
 """Every rollout as a readable row: people read samples before curves."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TypedDict, cast
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from composer_replication.runs.atomic_files import write_text_atomically
 from composer_replication.traces.hints import HintSite
 
 
@@ -60,10 +57,3 @@ def rollout_rows(
             }
         )
     return rows
-
-
-def write_rollouts(folder: Path, step: int, rows: Sequence[RolloutRow]) -> None:
-    """Write one step's rollouts, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    write_text_atomically(folder / f"step_{step:06d}.jsonl", text)

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from composer_replication.batch.collate import ComposerDataCollator
 from composer_replication.errors import ConfigError, TrainingError
+from composer_replication.runs.rollout_files import write_rollouts
 from composer_replication.step.channels import CHANNELS, ChannelSum
 from composer_replication.step.optimizer_step import channel_sums
 from composer_replication.traces.hints import HintSite
@@ -31,7 +32,7 @@ from composer_replication.training.record_loader import RecordLoader, hint_sites
 from composer_replication.training.references import with_references
 from composer_replication.training.resume_state import load_composer_state, save_composer_state
 from composer_replication.training.rewards import RewardFunction, environment_reward
-from composer_replication.training.rollout_log import rollout_rows, write_rollouts
+from composer_replication.training.rollout_log import rollout_rows
 from composer_replication.training.rollouts import EnvironmentRollouts
 from composer_replication.training.site_sampling import sample_site_actions
 from composer_replication.training.teacher import (
@@ -141,7 +142,7 @@ class ComposerReplicationTrainer(GRPOTrainer):
         policy = cast(nn.Module, self.model)
         reference = PolicyTeacher(policy, self._autocast, without_adapters=self._has_adapters)
         # Same rows at a time as in training: a batch of another size moves the last digits.
-        scored, self.references_cached = with_references(
+        scored, _ = with_references(
             pairs,
             reference,
             policy,
