@@ -5,6 +5,7 @@ Only the standard library is imported until a verb runs, so that `--help` answer
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -43,6 +44,8 @@ With the last, threads that wait sleep: beside other busy processes spinning one
 4 to 10."""
 
 RUNS_FOLDER = Path("runs")
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _HELP = """\
 usage: composer-replication VERB [CONFIG.toml] [--set KEY=VALUE ...] [--out DIR] [--resume] [--json]
@@ -99,7 +102,8 @@ exit codes: 0 every check passed, 1 a check or the run failed, 2 your input, 130
 
 _TRAIN_EPILOG = """\
 Writes runs/<name>/: config.toml, metrics.jsonl, summary.json, rollouts/, checkpoints/, model/.
---resume continues from the latest checkpoint; only the length of the run may have changed.
+--resume continues from the newest whole checkpoint, or starts where there is none; only the length
+of the run and what is kept of it may have changed.
 
 examples:
   composer-replication train configs/train_qwen2.5_7b.toml --out runs/first
@@ -330,19 +334,39 @@ def _run_and_record(
     except InputError as error:
         status, code, text = "failed", EXIT_INPUT, str(error)
     except Exception as error:
-        run.error_path.write_text(traceback.format_exc(), encoding="utf-8")
-        status, code, text = "failed", EXIT_FAILED, str(error)
-        if not isinstance(error, ComposerError):
-            text = (
-                f"unexpected {type(error).__name__}: {error}. "
-                "It came from a library below, or is a bug of this one: please report that."
-            )
-        text = f"{text} The traceback is in {run.error_path}."
+        status, code = "failed", EXIT_FAILED
+        text = f"{_in_words(error, run)} {_keep_traceback(run)}".rstrip()
     sys.stderr.write(f"{'stopped' if status == 'stopped' else 'error'}: {text}\n")
     total_s = time.perf_counter() - started_s
     summary = Summary(status=status, error=text, model=config.model, total_s=total_s)
-    run.write_summary(summary)
+    # A disk that is full for the run is full for its summary; the text above has said why.
+    with contextlib.suppress(OSError):
+        run.write_summary(summary)
     return summary, code
+
+
+def _in_words(error: Exception, run: "RunDirectory") -> str:
+    if isinstance(error, ComposerError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return (
+            f"{run.path} cannot be written any more ({error.strerror}), so the run stopped. What "
+            "was written is whole. Free space, then go on with --resume."
+        )
+    return (
+        f"unexpected {type(error).__name__}: {error}. "
+        "It came from a library below, or is a bug of this one: please report that."
+    )
+
+
+def _keep_traceback(run: "RunDirectory") -> str:
+    """Write the traceback of the error in hand and say where it is."""
+    try:
+        run.error_path.write_text(traceback.format_exc(), encoding="utf-8")
+    except OSError:
+        run.error_path.unlink(missing_ok=True)
+        return ""
+    return f"The traceback is in {run.error_path}."
 
 
 def _run_verb(

@@ -5,7 +5,9 @@ Every class is also a standard-library error, so callers can catch either. The c
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+_MAX_SHOWN_CHARS = 80
 
 
 class ComposerError(Exception):
@@ -13,7 +15,7 @@ class ComposerError(Exception):
 
 
 class InputError(ComposerError, ValueError):
-    """What the user gave cannot work; nothing was started."""
+    """What the user gave cannot work; what a run wrote before it was found stays."""
 
 
 class ConfigError(InputError):
@@ -26,6 +28,26 @@ class DataError(InputError):
 
 class AlignmentError(DataError):
     """Student and teacher rows of a hint site do not hold the same action tokens."""
+
+
+class RecordTooLongError(DataError):
+    """A record with more tokens than the limit, which the text names.
+
+    Attributes:
+        num_tokens: of its longest row.
+    """
+
+    def __init__(self, message: str, num_tokens: int) -> None:
+        super().__init__(message)
+        self.num_tokens = num_tokens
+
+
+class RewardError(InputError):
+    """A reward function or an environment that does not give one finite number a rollout."""
+
+
+class MemoryLimitError(InputError, MemoryError):
+    """The run needs more memory than there is."""
 
 
 class ModelError(InputError):
@@ -42,6 +64,26 @@ class MissingDependencyError(InputError, ImportError):
 
 class TrainingError(ComposerError, RuntimeError):
     """A step that cannot train: a loss that is not finite, or a channel without data."""
+
+
+class CheckpointError(ComposerError, RuntimeError):
+    """A checkpoint that could not be written; those before it are whole."""
+
+
+def shown(value: object) -> str:
+    """`repr` of a value, cut to what fits in a sentence.
+
+    Example: `shown("x" * 500)` ends in `...` and has 80 characters.
+    """
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[: _MAX_SHOWN_CHARS - 3] + "..."
+
+
+def listed(problems: Sequence[str]) -> str:
+    """One problem as it is; several under their number, a line each."""
+    if len(problems) == 1:
+        return problems[0]
+    return "\n".join([f"{len(problems)} problems.", *(f"  {problem}" for problem in problems)])
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

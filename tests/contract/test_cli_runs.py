@@ -230,11 +230,6 @@ MISTAKES = {
         "configuration: sdpo.tail is true and sdpo.top_k is not set. The whole vocabulary is "
         "compared then and leaves no tail. Set sdpo.top_k, or leave sdpo.tail out.",
     ),
-    "nothing_to_resume": (
-        ["smoke", "--resume"],
-        "runs/run holds no run, so there is nothing to resume. "
-        "Check --out, or leave out --resume to start a new run there.",
-    ),
 }
 
 

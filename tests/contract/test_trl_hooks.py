@@ -49,6 +49,8 @@ def train(trainer):
         ("_generate_and_score_completions", ["self", "inputs"]),
         ("_compute_loss", ["self", "model", "inputs"]),
         ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_get_output_dir", ["self", "trial"]),
+        ("_get_train_sampler", ["self", "dataset"]),
         (
             "_generate_single_turn",
             ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"],

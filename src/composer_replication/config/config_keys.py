@@ -9,9 +9,18 @@ from pydantic import BaseModel
 from composer_replication.config.config_model import ConfigModel
 from composer_replication.config.run_config import RunConfig
 
-_LENGTH_KEYS = frozenset(
-    {"grpo.max_steps", "grpo.num_train_epochs", "smoke.steps", "smoke.time_budget_s"}
+_SAFE_KEYS = frozenset(
+    {
+        "grpo.max_steps",
+        "grpo.num_train_epochs",
+        "grpo.save_steps",
+        "grpo.save_strategy",
+        "grpo.save_total_limit",
+        "smoke.steps",
+        "smoke.time_budget_s",
+    }
 )
+"""They say how long a run is and what is kept of it, not what a step does."""
 
 
 @cache
@@ -21,11 +30,11 @@ def known_keys() -> dict[str, str]:
 
 
 def changed_keys(before: RunConfig, after: RunConfig) -> list[str]:
-    """Dotted keys whose values differ, without those that only say how long the run is."""
+    """Dotted keys whose values differ, without those that a resumed run may change."""
     old = dict(_walk_values(before.model_dump(), ""))
     new = dict(_walk_values(after.model_dump(), ""))
     different = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
-    return sorted(different - _LENGTH_KEYS)
+    return sorted(different - _SAFE_KEYS)
 
 
 def _walk_fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:

@@ -5,11 +5,10 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerState
 
 from composer_replication.config.execution_sections import SmokeConfig
 from composer_replication.config.run_config import RunConfig
-from composer_replication.errors import RunDirectoryError
 from composer_replication.experiments.live_table import LiveTable
 from composer_replication.experiments.quiet_libraries import quiet_libraries, without_printed_logs
 from composer_replication.experiments.run_figures import channel_checks, channel_figures, percentile
@@ -21,9 +20,11 @@ from composer_replication.experiments.trainer_setup import (
     load_run_model,
     prepare,
 )
+from composer_replication.runs.checkpoint_folders import checkpoint_step, newest_checkpoint
 from composer_replication.runs.run_directory import RunDirectory
 from composer_replication.runs.summary import Summary
 from composer_replication.training.metrics import StepMetricsCallback, peak_gib, reset_peak
+from composer_replication.training.trainer import ComposerReplicationTrainer
 
 
 @quiet_libraries()
@@ -36,14 +37,15 @@ def run_train(
         config: of the run; `[grpo] max_steps` or `num_train_epochs` set its length.
         run: gets every file.
         console: shows the live table.
-        resume: go on from the last checkpoint in `checkpoints/`.
+        resume: go on from the newest whole checkpoint in `checkpoints/`, or from the start where
+            there is none.
 
     Raises:
         InputError: something that could not work; no step was run.
         TrainingError: a step whose loss is not finite.
     """
     started_s = time.perf_counter()
-    checkpoint = _last_checkpoint(run) if resume else None
+    checkpoint = _place_to_go_on(run, console) if resume else None
     # A smoke's file may be trained as it is; its fixed shapes are the smoke's alone.
     parts = prepare(config.model_copy(update={"smoke": SmokeConfig()}), run, overrides={})
     console.print(f"train on {parts.model_spec}, {device_label()}", highlight=False, soft_wrap=True)
@@ -51,16 +53,15 @@ def run_train(
     load_s = time.perf_counter() - started_s
     reset_peak(device())
 
-    metrics = StepMetricsCallback(device(), run.append_metrics, LiveTable(console).add)
+    earlier_rows = run.read_metrics() if resume else []
+    metrics = StepMetricsCallback(
+        device(), run.append_metrics, LiveTable(console).add, earlier_rows=earlier_rows
+    )
     trainer = build_trainer(parts, loaded, [metrics])
     without_printed_logs(trainer)
     for note in parts.notes:
         console.print(f"note  {note}", highlight=False, soft_wrap=True)
-    if checkpoint is not None:
-        step = int(checkpoint.name.rpartition("-")[2])
-        run.truncate_metrics(last_step=step)
-        console.print(f"resumed from step {step}", highlight=False, soft_wrap=True)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _train_from(trainer, checkpoint)
     save_started_s = time.perf_counter()
     save_model(trainer, run)
 
@@ -96,12 +97,31 @@ def run_train(
     return summary
 
 
-def _last_checkpoint(run: RunDirectory) -> Path:
-    folder = run.checkpoints_dir
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
-        raise RunDirectoryError(
-            f"{folder} holds no checkpoint, so there is nothing to go on from. Start the run anew "
-            "with another --out, and set grpo.save_steps so that checkpoints are written."
-        )
-    return Path(found)
+def _place_to_go_on(run: RunDirectory, console: Console) -> Path | None:
+    """The newest whole checkpoint, the metrics cut to it; None: the run starts from step 0."""
+
+    def say(sentence: str) -> None:
+        console.print(f"note  {sentence}", highlight=False, soft_wrap=True)
+
+    checkpoint = newest_checkpoint(run.checkpoints_dir, say)
+    step = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    run.truncate_metrics(last_step=step)
+    if checkpoint is None:
+        say(f"{run.path} holds no checkpoint: the run starts from step 0.")
+    else:
+        console.print(f"resumed from step {step}", highlight=False, soft_wrap=True)
+    return checkpoint
+
+
+def _train_from(trainer: ComposerReplicationTrainer, checkpoint: Path | None) -> None:
+    """Train to the end; a run that had reached it is only loaded, to be saved and summed up.
+
+    transformers would do one step too many: it looks at the step count after a step, not before.
+    """
+    if checkpoint is None:
+        trainer.train()
+    elif 0 < trainer.args.max_steps <= checkpoint_step(checkpoint):
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint))

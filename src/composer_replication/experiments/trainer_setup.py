@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from datasets import Dataset
 from packaging.version import Version
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from composer_replication.config.run_config import RunConfig
 from composer_replication.environments.registry import environment_class
@@ -100,6 +100,8 @@ def build_trainer(
 ) -> ComposerReplicationTrainer:
     """The trainer of a run, its references scored and its teacher made."""
     config = parts.config
+    # TRL makes a LoRA adapter before transformers seeds anything.
+    set_seed(config.seed)
     rollouts, reward = _rollouts_and_reward(parts, loaded)
     keywords: dict[str, object] = {}
     if rollouts is not None:

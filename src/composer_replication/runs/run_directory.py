@@ -1,6 +1,7 @@
 """`RunDirectory`: the one folder that a verb writes, locked while in use."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -40,21 +41,19 @@ class RunDirectory:
     def create(cls, path: Path, *, resume: bool) -> Self:
         """Open `path` as a new run, or with `resume` the run that was started there.
 
+        With `resume` a folder without a run starts one: a job that is always told to resume may
+        have been killed before it wrote anything.
+
         Raises:
             RunDirectoryError: the folder is in use, is not a run directory, holds a run that was
-                not asked to resume, holds none to resume, or has another schema version.
+                not asked to resume, or has another schema version.
         """
         _refuse_foreign_folder(path)
-        if resume and not (path / SCHEMA_FILE).exists():
-            raise RunDirectoryError(
-                f"{path} holds no run, so there is nothing to resume. "
-                "Check --out, or leave out --resume to start a new run there."
-            )
         path.mkdir(parents=True, exist_ok=True)
         lock = take_lock(path)
         try:
             _check_schema(path, resume=resume)
-            if not resume:
+            if not (path / SCHEMA_FILE).exists():
                 write_text_atomically(path / SCHEMA_FILE, _with_schema({}))
         except BaseException:
             lock.release()
@@ -129,6 +128,15 @@ class RunDirectory:
         assert "step" in row, f"a metrics row needs its step: {sorted(row)}"
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(to_json_text(row) + "\n")
+            file.flush()
+            # A checkpoint is synced, and resume expects the row of every step before it.
+            os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[dict[str, float | int | str | None]]:
+        """The rows of `metrics.jsonl`, in order; after `truncate_metrics` all of them are whole."""
+        if not self.metrics_path.exists():
+            return []
+        return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
 
     def truncate_metrics(self, last_step: int) -> None:
         """Drop the lines after `last_step` and a torn last line, so that resume can go on.

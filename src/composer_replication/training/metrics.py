@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -70,7 +70,12 @@ class StepMetricsCallback(TrainerCallback):
     """Writes one row for each optimizer step: what TRL logs, `step_s` and `peak_gib`."""
 
     def __init__(
-        self, device: torch.device, sink: MetricsSink, on_row: Callable[[MetricsRow], None]
+        self,
+        device: torch.device,
+        sink: MetricsSink,
+        on_row: Callable[[MetricsRow], None],
+        *,
+        earlier_rows: Sequence[MetricsRow] = (),
     ) -> None:
         """Keep where rows go.
 
@@ -78,9 +83,10 @@ class StepMetricsCallback(TrainerCallback):
             device: whose memory and queue are read.
             sink: appends a row to the run directory.
             on_row: shows a row to the person watching.
+            earlier_rows: of the steps before a resume, which the figures count too.
         """
         self.clock = StepClock(device)
-        self.rows: list[MetricsRow] = []
+        self.rows: list[MetricsRow] = list(earlier_rows)
         self._sink = sink
         self._on_row = on_row
         self._step_s: float | None = None

@@ -5,8 +5,10 @@ random state, so a run with both weights at 0 equals TRL's, and a position resto
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
+
+import xxhash
 
 from composer_replication.errors import DataError
 from composer_replication.traces.hints import HintSite, hint_site_from_row
@@ -42,6 +44,14 @@ class RecordLoader(Generic[Record]):
             random.Random(f"{self.seed}-{pass_number}").shuffle(order)
             self._pass = (pass_number, order)
         return self.records[self._pass[1][offset]]
+
+
+def records_fingerprint(records: Iterable[object]) -> str:
+    """A hash that changes with any record or their order: a position means nothing without it."""
+    digest = xxhash.xxh3_128()
+    for record in records:
+        digest.update(repr(record).encode())
+    return digest.hexdigest()
 
 
 def hint_sites_from(rows: Sequence[HintSite | Mapping[str, object]]) -> list[HintSite]:

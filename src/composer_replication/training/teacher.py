@@ -1,7 +1,8 @@
 """The weights that score as the hint-conditioned teacher: live, ema or frozen.
 
 A live teacher is cheapest but collapses in training (`docs/concepts.md`); a copy costs the model's
-size in memory, and under LoRA the frozen teacher is the adapters switched off, for free.
+size in memory, and under LoRA the frozen teacher is the adapters switched off, for free. The EMA
+under LoRA is in `adapter_teacher.py`.
 """
 
 import copy
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from composer_replication.errors import ConfigError
 from composer_replication.step.hidden_states import causal_lm
 from composer_replication.step.separate import in_eval_mode
+from composer_replication.training.adapter_teacher import AdapterAverageTeacher
 from composer_replication.training.composer_config import TeacherKind
 
 Autocast = Callable[[], AbstractContextManager[object]]
@@ -128,7 +129,7 @@ def make_teacher(
     """The teacher of that kind; None is `ema`, or `frozen` under LoRA.
 
     Raises:
-        ConfigError: `ema` under LoRA.
+        ConfigError: `ema` under an adapter that is not plain LoRA.
     """
     kind = kind or ("frozen" if has_adapters else "ema")
     if kind == "live":
@@ -136,11 +137,7 @@ def make_teacher(
     if kind == "frozen" and has_adapters:
         return PolicyTeacher(policy, autocast, without_adapters=True)
     if has_adapters:
-        raise ConfigError(
-            "teacher is 'ema' and the policy is a LoRA adapter. An average of the two factors is "
-            "not an average of their product: it would lag far behind. Set teacher = 'frozen', "
-            "which is free under LoRA, or 'live'."
-        )
+        return AdapterAverageTeacher(policy, autocast, ema_rate=ema_rate)
     return CopyTeacher(policy, autocast, ema_rate=ema_rate if kind == "ema" else 0.0)
 
 

@@ -15,22 +15,25 @@ from typing import cast
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from composer_replication.batch.collate import ComposerDataCollator
-from composer_replication.errors import ConfigError, TrainingError
+from composer_replication.errors import TrainingError
+from composer_replication.runs.checkpoint_folders import staging_folder
 from composer_replication.runs.rollout_files import write_rollouts
 from composer_replication.step.channels import CHANNELS, ChannelSum
 from composer_replication.step.optimizer_step import channel_sums
 from composer_replication.traces.hints import HintSite
 from composer_replication.traces.pairs import PreferencePair
-from composer_replication.training.channel_plan import MicroBatch, plan_step, scheduled
+from composer_replication.training.channel_plan import MicroBatch, scheduled
 from composer_replication.training.channel_weights import channel_weights
 from composer_replication.training.composer_config import ComposerConfig
+from composer_replication.training.generation_plan import GenerationPlanner
 from composer_replication.training.metrics import StepClock
-from composer_replication.training.record_loader import RecordLoader, hint_sites_from, pairs_from
+from composer_replication.training.record_loader import hint_sites_from, pairs_from
 from composer_replication.training.references import with_references
-from composer_replication.training.resume_state import load_composer_state, save_composer_state
+from composer_replication.training.resume_state import load_run_state, save_run_state, skip_passes
 from composer_replication.training.rewards import RewardFunction, environment_reward
 from composer_replication.training.rollout_log import rollout_rows
 from composer_replication.training.rollouts import EnvironmentRollouts
@@ -42,6 +45,7 @@ from composer_replication.training.teacher import (
     make_teacher,
 )
 from composer_replication.training.trl_hooks import GRPOConfig, GRPOTrainer
+from composer_replication.training.whole_checkpoint import whole_checkpoint
 
 Inputs = dict[str, Tensor]
 
@@ -100,6 +104,8 @@ class ComposerReplicationTrainer(GRPOTrainer):
         self.channel_weights = weights
         self.clock = StepClock(self.accelerator.device)
         self._plan: list[MicroBatch] = []
+        self._finished_passes = 0
+        self._is_saving = False
         self._channel_totals: dict[str, float] = {}
         self._set_up_channels(sites, preferences)
 
@@ -115,26 +121,30 @@ class ComposerReplicationTrainer(GRPOTrainer):
         )
         self.step_settings = args.step_settings()
         self.teacher: Teacher | None = None
-        self._site_loader: RecordLoader[HintSite] | None = None
-        self._pair_loader: RecordLoader[PreferencePair] | None = None
+        self.planner: GenerationPlanner | None = None
         data = {CHANNELS[name].data for name in self.channel_weights}
         if not data:
             return
-        self._check_accumulation()
-        policy = cast(nn.Module, self.model)
         if "hint_sites" in data:
             self.teacher = make_teacher(
                 args.teacher,
-                policy,
+                cast(nn.Module, self.model),
                 self._autocast,
                 ema_rate=args.teacher_ema_rate,
                 has_adapters=self._has_adapters,
             )
             self.add_callback(TeacherCallback(self.teacher))
-            if sites is not None:
-                self._site_loader = RecordLoader(sites, args.seed)
-        if "pairs" in data and pairs is not None:
-            self._pair_loader = RecordLoader(self._score_references(pairs), args.seed)
+        if pairs is not None and "pairs" in data:
+            pairs = self._score_references(pairs)
+        self.planner = GenerationPlanner(
+            args,
+            list(self.channel_weights),
+            sites=sites,
+            pairs=pairs,
+            rank=self.accelerator.process_index,
+            num_ranks=self.accelerator.num_processes,
+            sum_over_ranks=self._sum_over_ranks,
+        )
 
     def _score_references(self, pairs: list[PreferencePair]) -> list[PreferencePair]:
         args = self._composer_args
@@ -152,17 +162,6 @@ class ComposerReplicationTrainer(GRPOTrainer):
             cache_dir=Path(cache),
         )
         return scored
-
-    def _check_accumulation(self) -> None:
-        per_generation = int(self._composer_args.steps_per_generation or 1)
-        accumulation = self.args.gradient_accumulation_steps
-        if per_generation % accumulation:
-            raise ConfigError(
-                f"steps_per_generation is {per_generation} and gradient_accumulation_steps is "
-                f"{accumulation}. One optimizer step would span several generations, so the "
-                "tokens of SDPO and the pairs of DPO could not be counted before it starts. Make "
-                "steps_per_generation a multiple of gradient_accumulation_steps."
-            )
 
     def _autocast(self) -> AbstractContextManager[object]:
         """The policy's own precision, for weights that accelerate has not wrapped."""
@@ -197,8 +196,13 @@ class ComposerReplicationTrainer(GRPOTrainer):
                 for site in cast(list[HintSite], row.get("rollout_hint_sites") or [])
             ]
             self._write_rollouts(inputs, output)
-            if self.channel_weights:
-                self._plan = self._plan_generation(sites)
+            if self.planner is not None:
+                self._plan = self.planner.plan(
+                    sites,
+                    self.collator,
+                    global_step=self.state.global_step,
+                    resample=self._resample,
+                )
         return output
 
     def _prepare_inputs(self, generation_batch: object) -> Inputs:
@@ -265,61 +269,8 @@ class ComposerReplicationTrainer(GRPOTrainer):
         self._record_channel_metrics(part)
         return part.loss_sum * self.accelerator.num_processes / max(count, 1.0)
 
-    # ---- planning -------------------------------------------------------------------------------
-
-    def _plan_generation(self, rollout_sites: list[HintSite]) -> list[MicroBatch]:
-        """Micro-batches for every optimizer step that this generation feeds."""
-        args = self._composer_args
-        accumulation = args.gradient_accumulation_steps
-        # Each further iteration over the same rollouts takes its own hint sites and pairs.
-        num_steps = int(args.steps_per_generation or 1) * args.num_iterations // accumulation
-        data = {CHANNELS[name].data for name in self.channel_weights}
-        sites = self._sites_for(rollout_sites, num_steps) if "hint_sites" in data else []
-        plan: list[MicroBatch] = []
-        for index in range(num_steps):
-            live = scheduled(
-                tuple(self.channel_weights), args.channel_schedule, self.state.global_step + index
-            )
-            data = {CHANNELS[name].data for name in live}
-            plan += plan_step(
-                sites[index::num_steps] if "hint_sites" in data else [],
-                self._take_pairs() if "pairs" in data else [],
-                num_micro_batches=accumulation,
-                collator=self.collator,
-                channels=list(self.channel_weights),
-                sum_over_ranks=self._sum_over_ranks,
-            )
-        return plan
-
-    def _sites_for(self, rollout_sites: list[HintSite], num_steps: int) -> list[HintSite]:
-        """Error turns of the rollouts first; the given hint sites fill what they leave."""
-        args = self._composer_args
-        wanted = args.hint_sites_per_step * num_steps
-        # Spread over the rollouts: neighbours are turns of one episode.
-        num_found = min(wanted, len(rollout_sites))
-        sites = [rollout_sites[i * len(rollout_sites) // num_found] for i in range(num_found)]
-        # Every rank moves its loader by the same amount, whatever its own rollouts gave.
-        missing = wanted - len(sites)
-        if self._site_loader is None:
-            return sites
-        recorded = self._site_loader.take(
-            wanted,
-            rank=self.accelerator.process_index,
-            num_ranks=self.accelerator.num_processes,
-        )[:missing]
-        if args.hint_site_actions == "recorded" or not recorded:
-            return sites + recorded
-        seed = args.seed * 1_000_003 + self._step
-        return sites + sample_site_actions(self, recorded, seed)
-
-    def _take_pairs(self) -> list[PreferencePair]:
-        if self._pair_loader is None:
-            return []
-        return self._pair_loader.take(
-            self._composer_args.pairs_per_step,
-            rank=self.accelerator.process_index,
-            num_ranks=self.accelerator.num_processes,
-        )
+    def _resample(self, sites: list[HintSite]) -> list[HintSite]:
+        return sample_site_actions(self, sites, self._composer_args.seed * 1_000_003 + self._step)
 
     def _sum_over_ranks(self, counts: Tensor) -> Tensor:
         local = counts.to(self.accelerator.device, torch.float32)
@@ -366,20 +317,38 @@ class ComposerReplicationTrainer(GRPOTrainer):
         folder = Path(args.rollouts_dir or Path(str(args.output_dir)) / "rollouts")
         write_rollouts(folder, self.state.global_step + 1, rows)
 
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: object) -> str:
+        """Where checkpoints are; while one is written, the folder aside."""
+        folder = super()._get_output_dir(trial=trial)  # pyright: ignore[reportArgumentType]
+        return str(staging_folder(Path(folder))) if self._is_saving else folder
+
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        """TRL's checkpoint with the teacher's weights and the loaders' positions beside it."""
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            save_composer_state(folder, self.teacher, self._loaders())
+        """TRL's checkpoint with all that it leaves out, complete or absent."""
+        with whole_checkpoint(
+            Path(self._get_output_dir(trial)),
+            self.state.global_step,
+            self.accelerator,
+            save_total_limit=self.args.save_total_limit,
+            best=self.state.best_model_checkpoint,
+        ) as folder:
+            self._is_saving = True
+            try:
+                super()._save_checkpoint(model, trial)  # pyright: ignore[reportArgumentType]
+            finally:
+                self._is_saving = False
+            save_run_state(self, folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        """Weights, then the teacher and the loaders' positions."""
+        """Weights, then teacher, loaders, and the place inside the generation."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_composer_state(Path(resume_from_checkpoint), self.teacher, self._loaders())
+        load_run_state(self, Path(resume_from_checkpoint))
 
-    def _loaders(self) -> dict[str, RecordLoader[HintSite] | RecordLoader[PreferencePair]]:
-        loaders = {"hint_sites": self._site_loader, "pairs": self._pair_loader}
-        return {name: loader for name, loader in loaders.items() if loader is not None}
+    def _get_train_sampler(self, dataset: object = None) -> Sampler[int]:
+        """TRL's sampler, where a resumed run's sampler stands."""
+        sampler = super()._get_train_sampler(dataset)  # pyright: ignore[reportArgumentType]
+        skip_passes(sampler, self._finished_passes)
+        return sampler

@@ -96,10 +96,13 @@ def test_a_run_that_was_started_needs_resume(tmp_path):
     RunDirectory.create(tmp_path, resume=True).close()
 
 
-def test_resume_needs_a_run_and_makes_no_folder(tmp_path):
-    with pytest.raises(RunDirectoryError, match=r"holds no run, so there is nothing to resume"):
-        RunDirectory.create(tmp_path / "typo", resume=True)
-    assert not (tmp_path / "typo").exists()
+def test_resume_starts_a_run_where_a_kill_came_before_its_first_file(tmp_path):
+    """A preempted job is always told to resume."""
+    with RunDirectory.create(tmp_path / "new", resume=True) as run:
+        assert run.read_metrics() == []
+    RunDirectory.create(tmp_path / "new", resume=True).close()
+    with pytest.raises(RunDirectoryError, match="already holds a run"):
+        RunDirectory.create(tmp_path / "new", resume=False)
 
 
 def test_a_start_that_was_killed_before_its_first_file_can_be_repeated(tmp_path):

@@ -89,9 +89,67 @@ def test_a_frozen_teacher_under_lora_is_the_base_model(tiny_llama):
         assert torch.allclose(logits(model), base, atol=1e-6)
 
 
-def test_an_average_of_lora_factors_is_refused(tiny_llama):
-    with pytest.raises(ConfigError, match="not an average of their product"):
-        teacher("ema", lora(tiny_llama()), has_adapters=True)
+def randomise_adapter(policy, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def products(policy):
+    """`scaling * B A` by layer, from the factors themselves."""
+    found = {}
+    for name, module in policy.named_modules():
+        if hasattr(module, "lora_A"):
+            factors = module.lora_B["default"].weight @ module.lora_A["default"].weight
+            found[name] = module.scaling["default"] * factors.detach()
+    return found
+
+
+def test_under_lora_the_ema_averages_the_product_and_adds_it_to_the_base(tiny_llama):
+    policy = lora(tiny_llama())
+    ema = teacher("ema", policy, has_adapters=True)
+    randomise_adapter(policy, 0)
+    first = products(policy)
+    ema.update()
+    randomise_adapter(policy, 1)
+    second = products(policy)
+    ema.update()
+    merged = tiny_llama()
+    with torch.no_grad():
+        for name, module in merged.named_modules():
+            layer = f"base_model.model.{name}"
+            if layer in first:
+                # From 0: 1/4 of the first, then 3/4 of that and 1/4 of the second.
+                module.weight.add_(0.75 * 0.25 * first[layer] + 0.25 * second[layer])
+    with ema.open() as model:
+        assert torch.allclose(logits(model), logits(merged), atol=1e-5)
+    own = logits(policy)
+    assert not torch.allclose(own, logits(merged), atol=1e-2)
+    with ema.open():
+        pass
+    assert torch.equal(logits(policy), own)  # closing leaves no hook behind
+
+
+def test_the_lora_average_survives_a_save(tiny_llama):
+    policy = lora(tiny_llama())
+    ema = teacher("ema", policy, has_adapters=True)
+    randomise_adapter(policy, 0)
+    ema.update()
+    saved = {name: tensor.clone() for name, tensor in ema.state().items()}
+    other = teacher("ema", lora(tiny_llama()), has_adapters=True)
+    other.load_state(saved)
+    with ema.open() as first, other.open() as second:
+        assert torch.equal(logits(first), logits(second))
+
+
+def test_an_adapter_whose_average_is_not_known_is_refused(tiny_llama):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    with pytest.raises(ConfigError, match=r"q_proj .* its average is not known"):
+        teacher("ema", get_peft_model(tiny_llama(), config), has_adapters=True)
 
 
 def test_the_default_teacher_is_ema_and_survives_a_save(tiny_llama):

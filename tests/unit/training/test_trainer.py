@@ -1,82 +1,14 @@
-"""The extra channels inside TRL's step: normalisation, schedule, resume, refusals."""
-
-import json
+"""The extra channels inside TRL's step: normalisation, schedule, refusals."""
 
 import pytest
 import torch
-from datasets import Dataset
+from tiny_training import all_equal, run
 from trl import GRPOConfig
 
-from composer_replication import (
-    ComposerConfig,
-    ComposerReplicationTrainer,
-    HintSite,
-    Message,
-    PreferencePair,
-)
-from composer_replication.errors import ConfigError, DataError, TrainingError
+from composer_replication import ComposerConfig
+from composer_replication.errors import ConfigError, TrainingError
 from composer_replication.step.channels import CHANNELS, Channel, ChannelSum, num_pairs
 from composer_replication.training.channel_plan import scheduled
-
-PROMPTS = [{"prompt": [{"role": "user", "content": f"Read file {i}."}]} for i in range(8)]
-STATE = (Message("user", "Read /src/app.py."),)
-SITES = [
-    HintSite(STATE, "Use file. " * (i + 1), f'{{"path": {i}}}', source=f"s{i}") for i in range(4)
-]
-PAIRS = [PreferencePair(STATE, f'{{"file": {i}}}', '{"path": 1}', source=f"p{i}") for i in range(4)]
-
-
-def even_tokens(completion_ids, **columns):
-    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
-
-
-def all_equal(completion_ids, **columns):
-    return [1.0] * len(completion_ids)
-
-
-@pytest.fixture
-def build(tmp_path, tiny_llama, smollm2_tokenizer):
-    """`build(reward=..., hint_sites=..., pairs=..., **config)` -> a trainer on a tiny model."""
-
-    def make(
-        reward=even_tokens, hint_sites=SITES, pairs=PAIRS, model=None, peft_config=None, **changes
-    ):
-        values = {
-            "output_dir": str(tmp_path / "out"),
-            "use_cpu": True,
-            "bf16": False,
-            "per_device_train_batch_size": 4,
-            "num_generations": 4,
-            "max_completion_length": 6,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "report_to": "none",
-            "save_strategy": "no",
-            "learning_rate": 1e-3,
-            "dataloader_pin_memory": False,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
-            "hint_site_actions": "recorded",
-            "hint_sites_per_step": 4,
-            "pairs_per_step": 4,
-        }
-        return ComposerReplicationTrainer(
-            model=model or tiny_llama(),
-            reward_funcs=reward,
-            args=ComposerConfig(**(values | changes)),
-            train_dataset=Dataset.from_list(PROMPTS),
-            processing_class=smollm2_tokenizer,
-            hint_sites=hint_sites,
-            pairs=pairs,
-            peft_config=peft_config,
-        )
-
-    return make
-
-
-def run(trainer, **options):
-    trainer.train(**options)
-    return [row for row in trainer.state.log_history if "loss" in row]
 
 
 def test_accumulating_over_1_2_and_4_micro_batches_gives_the_same_step(build):
@@ -224,33 +156,6 @@ def test_a_fourth_channel_trains_by_its_table_entry_and_a_weight(build, monkeypa
     losses = [row["loss/imitate"] for row in rows]
     assert losses[-1] < losses[0]
     assert rows[0]["pairs/imitate"] == 4
-
-
-def test_resuming_from_a_checkpoint_equals_not_having_stopped(build, tmp_path):
-    options = {
-        "max_steps": 4,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "lr_scheduler_type": "constant",
-    }
-    whole = build(**options)
-    rows = run(whole)
-    again = build(**options)  # from the starting model, as a restarted run does
-    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-    resumed = [row for row in again.state.log_history if "loss" in row]
-    for row, other in zip(rows[2:], resumed[2:], strict=True):
-        for name in ("loss/grpo", "loss/sdpo", "loss/dpo", "reward", "grad_norm"):
-            assert other[name] == row[name], name
-    state = json.loads((tmp_path / "out/checkpoint-2/composer_state.json").read_text())
-    assert state == {"schema": 1, "positions": {"hint_sites": 8, "pairs": 8}, "has_teacher": True}
-
-
-def test_a_checkpoint_of_another_trainer_is_refused(build, tmp_path):
-    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    run(build(**options))
-    (tmp_path / "out/checkpoint-2/composer_state.json").unlink()
-    with pytest.raises(DataError, match=r"no composer_state\.json"):
-        build(**options).train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
 
 
 @pytest.mark.parametrize(
