@@ -76,7 +76,8 @@ options:
   --json           print the summary as one JSON object on stdout, all else on stderr
 
 Writes runs/<name>/: config.toml, metrics.jsonl, summary.json, rollouts/, checkpoints/, model/.
---resume continues from the latest checkpoint; only the length of the run may have changed.
+--resume continues from the newest whole checkpoint, or starts where there is none; only the length
+of the run and what is kept of it may have changed.
 
 examples:
   composer-replication train configs/train_qwen2.5_7b.toml --out runs/first
