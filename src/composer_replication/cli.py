@@ -11,12 +11,18 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
-from composer_replication.errors import ComposerError, ConfigError, InputError, nearest
+from composer_replication.errors import (
+    ComposerError,
+    ConfigError,
+    InputError,
+    RunDirectoryError,
+    nearest,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -162,10 +168,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ComposerError as error:
         code = EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
         sys.stderr.write(f"error: {error}\n")
-        answer = _failure_answer(str(error)) if as_json else ""
+        answer = _ending("failed", str(error)) if as_json else ""
     except KeyboardInterrupt:
         # Before the run directory was open: there is nothing to record it in.
-        return EXIT_STOPPED
+        code, text = EXIT_STOPPED, "Ctrl-C before the run began. Nothing was written."
+        sys.stderr.write(f"stopped: {text}\n")
+        answer = _ending("stopped", text) if as_json else ""
     if as_json:
         answer_stream.write(answer + "\n")
     return code
@@ -291,13 +299,19 @@ def _open_run(options: argparse.Namespace, name: str) -> "RunDirectory":
     from composer_replication.runs.run_directory import RunDirectory
     from composer_replication.runs.run_folders import claim_folder, latest_folder
 
-    if options.out is not None:
-        folder = options.out
-    elif options.resume:
-        folder = latest_folder(RUNS_FOLDER, name)
-    else:
-        folder = claim_folder(RUNS_FOLDER, name)
-    return RunDirectory.create(folder, resume=options.resume)
+    try:
+        if options.out is not None:
+            folder = options.out
+        elif options.resume:
+            folder = latest_folder(RUNS_FOLDER, name)
+        else:
+            folder = claim_folder(RUNS_FOLDER, name)
+        return RunDirectory.create(folder, resume=options.resume)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{options.out or RUNS_FOLDER} cannot be made or written: {error.strerror}. "
+            "Choose another --out."
+        ) from error
 
 
 def _refuse_another_configuration(run: "RunDirectory", config: "RunConfig") -> None:
@@ -327,7 +341,8 @@ def _run_and_record(
     for stale in (run.summary_path, run.error_path):
         stale.unlink(missing_ok=True)
     try:
-        summary = _run_verb(verb, config, run, console, is_resumed)
+        with _memory_explained(config):
+            summary = _run_verb(verb, config, run, console, is_resumed)
         return summary, EXIT_CODES[summary.status]
     except KeyboardInterrupt:
         status, code, text = "stopped", EXIT_STOPPED, f"Ctrl-C. {run.path} keeps what was done."
@@ -343,6 +358,23 @@ def _run_and_record(
     with contextlib.suppress(OSError):
         run.write_summary(summary)
     return summary, code
+
+
+@contextlib.contextmanager
+def _memory_explained(config: "RunConfig") -> Iterator[None]:
+    """A failed allocation becomes the user's input: what was held, and the setting that fits."""
+    try:
+        yield
+    except ComposerError:
+        raise
+    except Exception as error:
+        # It needs torch, so it is imported when an error has already ended the run.
+        from composer_replication.training.out_of_memory import memory_limit_error
+
+        explained = memory_limit_error(error, config)
+        if explained is None:
+            raise
+        raise explained from error
 
 
 def _in_words(error: Exception, run: "RunDirectory") -> str:
@@ -396,7 +428,7 @@ def _doctor(*, as_json: bool) -> tuple[str, int]:
     return to_json_text(answer, indent=2), 0 if answer["is_ok"] else EXIT_FAILED
 
 
-def _failure_answer(text: str) -> str:
+def _ending(status: Literal["failed", "stopped"], text: str) -> str:
     from composer_replication.runs.summary import Summary
 
-    return Summary(status="failed", error=text).to_json()
+    return Summary(status=status, error=text).to_json()

@@ -50,6 +50,7 @@ def train(trainer):
         ("_compute_loss", ["self", "model", "inputs"]),
         ("_save_checkpoint", ["self", "model", "trial"]),
         ("_get_output_dir", ["self", "trial"]),
+        ("_get_per_token_logps_and_entropies", ["self", "model", "input_ids"]),
         ("_get_train_sampler", ["self", "dataset"]),
         (
             "_generate_single_turn",

@@ -48,6 +48,8 @@ def test_a_smoke_passes_and_writes_the_whole_run_directory(finished):
     assert code == 0
     names = {path.name for path in out.iterdir()}
     assert {"config.toml", "metrics.jsonl", "summary.json", "rollouts", "model"} <= names
+    # The resume check's checkpoint and second run are no products.
+    assert not {"checkpoints", "resume_check"} & names
     assert sorted(path.name for path in (out / "rollouts").iterdir()) == [
         f"step_{step:06d}.jsonl" for step in (1, 2, 3)
     ]
@@ -72,12 +74,14 @@ def test_the_summary_holds_the_notes_figures_and_no_zero_stands_for_unknown(fini
     summary = json.loads((finished[1] / "summary.json").read_text())
     assert summary["status"] == "passed"
     assert {check["name"] for check in summary["checks"]} == {
-        "channels_live/grpo", "channels_live/sdpo", "channels_live/dpo", "parameters_moved"
+        "channels_live/grpo", "channels_live/sdpo", "channels_live/dpo", "parameters_moved",
+        "hint_effect", "dpo_reference", "gradient_rows", "token_alignment", "zero_weight_parity",
+        "resume",
     }  # fmt: skip
     assert summary["steps"] == 3
     assert 0 < summary["median_step_s"] <= summary["p95_step_s"] <= summary["total_s"]
     assert 0 < summary["peak_gib"] <= summary["peak_gib_max_shape"]
-    assert {"load", "rollout", "step", "save"} <= summary["phases_s"].keys()
+    assert {"load", "rollout", "step", "save", "checks", "resume"} <= summary["phases_s"].keys()
     assert set(summary["channels"]) == {"grpo", "sdpo", "dpo"}
     assert any("top_k = 100" in note for note in summary["notes"])
     assert summary["cost_usd"] is None
@@ -104,7 +108,9 @@ def test_rerunning_the_resolved_configuration_gives_the_same_numbers(finished, t
 def test_json_prints_the_summary_and_nothing_else_on_stdout(tiny_model_dir, tmp_path, capsys):
     code = smoke(tiny_model_dir, tmp_path / "run", "--steps", "1", "--json")
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["steps"] == 1
+    summary = json.loads(captured.out)
+    assert summary["steps"] == 2
+    assert any("the resume check needs the second" in note for note in summary["notes"])
     assert code == 0
     assert "median step" in captured.err
 
@@ -117,7 +123,7 @@ def test_fixed_shapes_sample_nothing_and_fill_every_row(tiny_model_dir, tmp_path
     out = tmp_path / "run"
     options = ("--steps", "2", "--fixed-shapes", "4,96", "--set", "grpo.max_completion_length=32")
     # Without the environment: nothing is sampled, so nothing is judged.
-    code = main(["smoke", "--model", str(tiny_model_dir), "--out", str(out), *TASK[2:], *options])
+    code = main(["smoke", "--model", str(tiny_model_dir), "--out", str(out), *TASK[2:-2], *options])
     assert code == 0
     rows = rows_of(out)
     assert [row["tokens/grpo"] for row in rows] == [4 * 32, 4 * 32]
@@ -129,12 +135,54 @@ def test_fixed_shapes_sample_nothing_and_fill_every_row(tiny_model_dir, tmp_path
 
 def test_a_channel_switched_off_leaves_no_trace(tiny_model_dir, tmp_path):
     out = tmp_path / "run"
-    code = smoke(tiny_model_dir, out, "--steps", "1", "--set", "beta_replay=0")
+    code = smoke(tiny_model_dir, out, "--steps", "2", "--set", "beta_replay=0")
     assert code == 0
-    (row,) = rows_of(out)
-    assert "loss/dpo" not in row
-    assert "loss/sdpo" in row
+    for row in rows_of(out):
+        assert "loss/dpo" not in row
+        assert "loss/sdpo" in row
     assert not (out / "reference_logps").exists()
+    summary = json.loads((out / "summary.json").read_text())
+    assert "DPO is off: dpo_reference is not checked." in summary["notes"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["teacher=live"],
+        ["teacher=frozen", "grpo.bf16=true"],
+        ["lora.r=4", "lora.dropout=0.1"],
+        ["batch.channel_schedule=alternate", "sdpo.hint_placement=user_turn"],
+        ["alpha_sdpo=0"],
+        ["grpo.gradient_accumulation_steps=2", "grpo.gradient_checkpointing=true"],
+        ["grpo.steps_per_generation=2", "sdpo.top_k=20", "sdpo.tail=true", "grpo.beta=0.05"],
+    ],
+    ids=",".join,
+)
+def test_every_kind_of_run_passes_its_own_checks(tiny_model_dir, tmp_path, options):
+    settings = [word for option in options for word in ("--set", option)]
+    code = smoke(tiny_model_dir, tmp_path / "run", "--steps", "2", *settings)
+    checks = json.loads((tmp_path / "run/summary.json").read_text())["checks"]
+    assert [check["name"] for check in checks if not check["passed"]] == []
+    assert code == 0
+
+
+def test_the_checks_leave_the_run_as_it_is_without_them(finished, tiny_model_dir, tmp_path):
+    config = finished[1] / "config.toml"
+    options = ("--out", str(tmp_path / "train"), "--set", "grpo.max_steps=3")
+    assert main(["train", str(config), *options, "--set", 'grpo.save_strategy="no"']) == 0
+    assert without_times(rows_of(tmp_path / "train")) == without_times(rows_of(finished[1]))
+    for step in (1, 2, 3):
+        name = f"rollouts/step_{step:06d}.jsonl"
+        assert (tmp_path / "train" / name).read_text() == (finished[1] / name).read_text()
+
+
+def test_a_random_state_that_a_checkpoint_loses_is_found_by_the_rollouts(
+    tiny_model_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(GRPOTrainer, "_load_rng_state", lambda self, folder: None)
+    assert smoke(tiny_model_dir, tmp_path / "run", "--steps", "2") == 1
+    assert "check resume: inf" in capsys.readouterr().out
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_a_task_without_reward_spread_fails_with_its_cause(tiny_model_dir, tmp_path, capsys):

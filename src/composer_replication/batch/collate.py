@@ -7,7 +7,7 @@ a row is that of the token itself; its log-prob is read one position earlier.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Bool, Int
@@ -23,7 +23,7 @@ from composer_replication.batch.render import (
     render_state,
     system_prefix_length,
 )
-from composer_replication.errors import AlignmentError, DataError
+from composer_replication.errors import AlignmentError, DataError, RecordTooLongError
 from composer_replication.traces.hints import HintSite
 from composer_replication.traces.pairs import PreferencePair
 from composer_replication.traces.trace import Message
@@ -70,6 +70,7 @@ class ComposerDataCollator:
         hint_placement: HintPlacement = "append",
         max_length: int | None = None,
         truncation: Truncation = "refuse",
+        vocab_size: int | None = None,
     ) -> None:
         """Keep what rendering needs.
 
@@ -80,11 +81,14 @@ class ComposerDataCollator:
                 limit.
             truncation: over `max_length`, `refuse`, or cut the `middle` of the state, keeping the
                 system prompt, the end of the state and the whole action; cuts are counted.
+            vocab_size: rows of the model's embedding, to which exact ids are held; None: not known
+                (the tokenizer's own size is less where the embedding is padded).
         """
         self.tokenizer = tokenizer
         self.hint_placement: HintPlacement = hint_placement
         self.max_length = max_length
         self.truncation: Truncation = truncation
+        self.vocab_size = vocab_size
         # Padding is masked everywhere, so any id serves; some tokenizers have no padding token.
         pad = tokenizer.pad_token_id
         self.pad_id: int = pad if isinstance(pad, int) else 0
@@ -94,8 +98,8 @@ class ComposerDataCollator:
 
         Raises:
             AlignmentError: student and teacher rows do not hold the same action tokens.
-            DataError: a row that cannot be rendered, is over `max_length` under `refuse`, or a
-                pair without reference log-probs.
+            DataError: a row that cannot be rendered, has ids outside the vocabulary, is over
+                `max_length` under `refuse`, or a pair without reference log-probs.
         """
         tensors: StepTensors = {}
         num_truncated = 0
@@ -114,6 +118,7 @@ class ComposerDataCollator:
 
     def site_rows(self, site: HintSite) -> tuple[ActionRow, ActionRow, bool]:
         """The student's row and the teacher's, and whether their state was cut."""
+        self._check_exact_ids(site)
         state_ids = list(site.state_ids or render_state(self.tokenizer, site.state))
         action_ids = list(site.action_ids or render_action(self.tokenizer, site.state, site.action))
         hinted_ids = insert_hint(self.tokenizer, site, state_ids, self.hint_placement)
@@ -132,6 +137,12 @@ class ComposerDataCollator:
         state_ids = render_state(self.tokenizer, pair.state)
         chosen_ids = render_action(self.tokenizer, pair.state, pair.chosen)
         rejected_ids = render_action(self.tokenizer, pair.state, pair.rejected)
+        if chosen_ids == rejected_ids:
+            raise DataError(
+                f"Pair {pair.source!r}: the chat template renders both actions as the same tokens "
+                f"({pair.chosen[:60]!r}): no gradient can come of it. Drop pairs whose actions "
+                "differ only in what the template strips."
+            )
         cut = self._cut(
             pair.state,
             state_ids,
@@ -152,6 +163,27 @@ class ComposerDataCollator:
             tensors[f"dpo_{side}_attention_mask"] = attention
             tensors[f"dpo_{side}_response_mask"] = action
         return tensors, 2 * sum(cuts)
+
+    def _check_exact_ids(self, site: HintSite) -> None:
+        for name, ids in (("state_ids", site.state_ids), ("action_ids", site.action_ids)):
+            vocab_size = self.vocab_size
+            outside = [token for token in ids or () if vocab_size and not 0 <= token < vocab_size]
+            if outside:
+                raise DataError(
+                    f"Hint site {site.source!r}: {name} holds {outside[0]}, and the model's "
+                    f"vocabulary has {vocab_size} tokens, so that id has no embedding. "
+                    "Give the ids of this model's tokenizer, or leave them out to have the text "
+                    "rendered."
+                )
+        if not (site.action and site.action_ids):
+            return
+        decoded = cast(str, self.tokenizer.decode(list(site.action_ids), skip_special_tokens=True))
+        if decoded.strip() != site.action.strip():
+            raise AlignmentError(
+                f"Hint site {site.source!r}: its action is {site.action[:60]!r} and its action_ids "
+                f"say {decoded[:60]!r}. Student and teacher must score one action. Give the text "
+                "that the ids decode to, or leave the ids out."
+            )
 
     def _collate_sites(self, sites: Sequence[HintSite]) -> tuple[StepTensors, int]:
         rows = [self.site_rows(site) for site in sites]
@@ -211,16 +243,18 @@ class ComposerDataCollator:
         start = system_prefix_length(self.tokenizer, state, state_ids)
         stop = start + longest - self.max_length
         if self.truncation == "refuse":
-            raise DataError(
+            raise RecordTooLongError(
                 f"{what} needs {longest} tokens and max_length is {self.max_length}. "
                 "Raise batch.max_context_tokens, or set batch.truncation = 'middle' to cut the "
-                "middle of the state."
+                "middle of the state.",
+                longest,
             )
         if stop > fixed_from:
-            raise DataError(
+            raise RecordTooLongError(
                 f"{what} needs {longest} tokens; even without its whole middle it is over "
                 f"max_length {self.max_length}, since system prompt, hint and action are kept. "
-                "Raise batch.max_context_tokens or drop the record."
+                "Raise batch.max_context_tokens or drop the record.",
+                longest,
             )
         return range(start, stop)
 

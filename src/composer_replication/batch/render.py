@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, cast
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from composer_replication.errors import AlignmentError, DataError
@@ -152,9 +153,16 @@ def _render(
         {"role": "user" if m.role == "tool" and not takes_tools else m.role, "content": m.content}
         for m in messages
     ]
-    ids = tokenizer.apply_chat_template(
-        rows, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-    )
+    try:
+        ids = tokenizer.apply_chat_template(
+            rows, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+        )
+    except TemplateError as error:
+        raise DataError(
+            f"The chat template refuses the turns {', '.join(row['role'] for row in rows)}: "
+            f"{error}. Give records with the turns that the model knows (Gemma 2 knows no system "
+            'turn), and hint_placement = "append" where two user turns may not follow each other.'
+        ) from error
     return cast(list[int], ids)
 
 

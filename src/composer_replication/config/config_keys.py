@@ -22,6 +22,9 @@ _SAFE_KEYS = frozenset(
 )
 """They say how long a run is and what is kept of it, not what a step does."""
 
+_SAFE_SECTIONS = ("diagnostics.", "guards.")
+"""They watch a run and change nothing that it computes."""
+
 
 @cache
 def known_keys() -> dict[str, str]:
@@ -34,7 +37,8 @@ def changed_keys(before: RunConfig, after: RunConfig) -> list[str]:
     old = dict(_walk_values(before.model_dump(), ""))
     new = dict(_walk_values(after.model_dump(), ""))
     different = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
-    return sorted(different - _SAFE_KEYS)
+    different -= _SAFE_KEYS
+    return sorted(key for key in different if not key.startswith(_SAFE_SECTIONS))
 
 
 def _walk_fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:

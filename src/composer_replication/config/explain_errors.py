@@ -8,9 +8,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from composer_replication.config.config_keys import known_keys
-from composer_replication.errors import nearest
-
-_MAX_SHOWN_CHARS = 80
+from composer_replication.errors import listed, nearest, shown
 
 _REQUIREMENTS = {
     "greater_than": "greater than {gt:g}",
@@ -39,11 +37,7 @@ _REQUIREMENTS = {
 
 def explain(error: ValidationError, table: Mapping[str, object], source: str) -> str:
     """One text for every problem in `table`, which was read from `source`."""
-    problems = _problem_lines(error, table)
-    if len(problems) == 1:
-        return f"{source}: {problems[0]}"
-    lines = "\n".join(f"  {problem}" for problem in problems)
-    return f"{source}: {len(problems)} problems.\n{lines}"
+    return f"{source}: {listed(_problem_lines(error, table))}"
 
 
 def _problem_lines(error: ValidationError, table: Mapping[str, object]) -> list[str]:
@@ -68,10 +62,7 @@ def _problem_line(key: str, details: list[ErrorDetails]) -> str:
     wanted = " or ".join(_requirement(each) for each in details)
     if detail["type"] == "missing":
         return f"{key} is missing. {_description(key)} Write every item of the array."
-    shown = repr(detail["input"])
-    if len(shown) > _MAX_SHOWN_CHARS:
-        shown = shown[: _MAX_SHOWN_CHARS - 3] + "..."
-    parts = [f"{key} is {shown}; it must be {wanted}.", _description(key)]
+    parts = [f"{key} is {shown(detail['input'])}; it must be {wanted}.", _description(key)]
     parts.append(f"Change it in the file or with --set {key.partition('[')[0]}=VALUE.")
     return " ".join(part for part in parts if part)
 

@@ -40,7 +40,8 @@ def dump_config(config: RunConfig) -> str:
 
 def _read_toml(path: Path) -> _Table:
     try:
-        return cast("_Table", tomllib.loads(path.read_text(encoding="utf-8")))
+        # Some editors put a byte order mark in front, which is no TOML.
+        return cast("_Table", tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist, so there is no configuration to read. "
@@ -80,7 +81,13 @@ def _parse_value(override: str, text: str) -> object:
     try:
         parsed = cast("_Table", tomllib.loads(f"value = {text}"))
     except tomllib.TOMLDecodeError as error:
-        if not text or text[0] in "[{\"'":
+        if not text:
+            key = override.partition("=")[0]
+            raise ConfigError(
+                f"--set {override!r} gives {key} no value. Write --set {key}=VALUE, or leave it "
+                "out for the default."
+            ) from None
+        if text[0] in "[{\"'":
             raise ConfigError(
                 f"--set {override!r}: the value is not valid TOML: {error}. "
                 "Quote the whole of it for the shell, such as --set 'smoke.fixed_shapes=[2, 1024]'."

@@ -6,6 +6,7 @@ from pydantic import Field, JsonValue, field_validator
 
 from composer_replication.config.channel_sections import BatchConfig, DpoConfig, SdpoConfig
 from composer_replication.config.config_model import ConfigModel
+from composer_replication.config.diagnostic_sections import DiagnosticsConfig, GuardsConfig
 from composer_replication.config.execution_sections import LoraConfig, RolloutConfig, SmokeConfig
 
 CORE_CHANNEL_WEIGHTS = {"grpo": None, "sdpo": "alpha_sdpo", "dpo": "beta_replay"}
@@ -52,6 +53,10 @@ class RunConfig(ConfigModel):
     """`[lora]`: the adapter; None: every weight is trained."""
     channels: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict[str, float])
     """`[channels]`: the weight of each further channel that you registered, by its name."""
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    """`[diagnostics]`: what is measured beside training."""
+    guards: GuardsConfig = GuardsConfig()
+    """`[guards]`: when a run that cannot learn is stopped."""
     smoke: SmokeConfig = SmokeConfig()
     """`[smoke]`: length and shapes of the smoke."""
 

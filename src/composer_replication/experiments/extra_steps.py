@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from composer_replication.batch.render import render_state
+from composer_replication.experiments.channel_probe import record_inputs
 from composer_replication.experiments.fixed_shapes import (
     full_length_pairs,
     full_length_rollouts,
@@ -17,11 +19,11 @@ from composer_replication.experiments.run_data import Row
 from composer_replication.traces.hints import HintSite
 from composer_replication.traces.pairs import PreferencePair
 from composer_replication.traces.trace import messages_from
-from composer_replication.training.channel_plan import plan_step
 from composer_replication.training.metrics import StepClock, peak_gib, reset_peak
 from composer_replication.training.references import fill_references, score_references
 from composer_replication.training.teacher import PolicyTeacher
 from composer_replication.training.trainer import ComposerReplicationTrainer
+from composer_replication.units import gib
 
 TOP_K = 100
 
@@ -35,6 +37,8 @@ class ExtraStep:
     step_s: float
     peak_gib: float
     loss: float
+    activation_gib: float | None = None
+    """Peak of the allocator above what was held before the step; None on CPU, not measured."""
 
 
 def longest_prompt(prompts: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> int:
@@ -75,7 +79,7 @@ def step_with_top_k(trainer: ComposerReplicationTrainer, sites: Sequence[HintSit
     trainer.step_settings = replace(whole, sdpo=replace(whole.sdpo, top_k=TOP_K, tail=True))
     clock = StepClock(trainer.accelerator.device)
     try:
-        inputs = _channel_inputs(trainer, sites, [], ["sdpo"])
+        inputs = record_inputs(trainer, sites, channels=["sdpo"])
         clock.start("top_k")
         loss = trainer._compute_sdpo_loss(cast(nn.Module, trainer.model_wrapped), inputs)
         trainer.accelerator.backward(loss)
@@ -88,6 +92,11 @@ def step_with_top_k(trainer: ComposerReplicationTrainer, sites: Sequence[HintSit
     return ExtraStep(rows, tokens, step_s, peak_gib(device), loss.item())
 
 
+def allocated_gib(device: torch.device) -> float | None:
+    """What CUDA's allocator has handed out; None on CPU, whose allocator does not say."""
+    return gib(torch.cuda.memory_allocated(device)) if device.type == "cuda" else None
+
+
 def _run(
     trainer: ComposerReplicationTrainer,
     rollouts: dict[str, Tensor],
@@ -98,11 +107,16 @@ def _run(
 ) -> ExtraStep:
     device = trainer.accelerator.device
     inputs = {name: tensor.to(device) for name, tensor in rollouts.items()}
-    inputs |= _channel_inputs(trainer, sites, pairs, list(trainer.channel_weights))
+    inputs |= record_inputs(trainer, sites, pairs)
+    if trainer.beta != 0:
+        # TRL's KL reads its reference there; one far below any log-prob cannot overflow.
+        shape = inputs["completion_ids"].shape
+        inputs["ref_per_token_logps"] = torch.full(shape, -1e3, device=device)
     clock = StepClock(device)
     reset_peak(device)
     model = cast(nn.Module, trainer.model_wrapped)
     model.train()
+    held_gib = allocated_gib(device)
     clock.start("step")
     loss = trainer.compute_loss(model, inputs)
     trainer.accelerator.backward(loss)
@@ -110,25 +124,8 @@ def _run(
     peak = peak_gib(device)
     cast(nn.Module, trainer.model).zero_grad(set_to_none=True)
     num_rows = len(rollouts["prompt_ids"])
-    return ExtraStep(num_rows, num_tokens, step_s, peak, loss.item())
-
-
-def _channel_inputs(
-    trainer: ComposerReplicationTrainer,
-    sites: Sequence[HintSite],
-    pairs: Sequence[PreferencePair],
-    channels: Sequence[str],
-) -> dict[str, Tensor]:
-    """The records as one micro-batch that is the whole step of this process."""
-    (micro_batch,) = plan_step(
-        sites,
-        pairs,
-        num_micro_batches=1,
-        collator=trainer.collator,
-        channels=channels,
-        sum_over_ranks=lambda counts: counts,
-    )
-    return micro_batch.inputs(trainer.accelerator.device)
+    activation_gib = None if held_gib is None else peak - held_gib
+    return ExtraStep(num_rows, num_tokens, step_s, peak, loss.item(), activation_gib)
 
 
 def _with_current_references(

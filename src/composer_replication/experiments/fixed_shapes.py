@@ -35,17 +35,20 @@ class FixedShapeRollouts:
         self._tokenizer = tokenizer
         self.num_tokens = num_tokens
         self.num_completion_tokens = min(int(args.max_completion_length or 1), num_tokens // 2)
-        self._generator = torch.Generator().manual_seed(args.seed)
+        self._seed = args.seed
         # The loaders own their order; two of each keep hints and pairs distinct.
         self._num_records = 2 * max(args.hint_sites_per_step, args.pairs_per_step)
 
     def __call__(
         self, prompts: Sequence[object], trainer: GRPOTrainer
     ) -> Mapping[str, list[list[int]] | None]:
-        """A row for each prompt; their tokens differ, so their synthetic rewards do too."""
-        del trainer
+        """A row for each prompt; their tokens differ, so their synthetic rewards do too.
+
+        They follow from the seed and the trainer's place alone, so a resumed run gets the same.
+        """
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + trainer._step)
         shape = (len(prompts), self.num_tokens)
-        rows = torch.randint(len(self._tokenizer), shape, generator=self._generator).tolist()
+        rows = torch.randint(len(self._tokenizer), shape, generator=generator).tolist()
         cut = self.num_tokens - self.num_completion_tokens
         return {
             "prompt_ids": [row[:cut] for row in rows],

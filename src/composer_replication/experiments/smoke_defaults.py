@@ -31,14 +31,41 @@ def with_smoke_defaults(config: RunConfig) -> RunConfig:
     Example: on a CPU `with_smoke_defaults(RunConfig()).grpo["num_generations"]` -> 4.
     """
     defaults = CUDA_DEFAULTS if device().type == "cuda" else CPU_DEFAULTS
-    grpo = {**defaults["grpo"], **config.grpo}
+    grpo = {**defaults["grpo"], **_group_of(config), **config.grpo}
     # One whole group a step, whatever its size.
     grpo.setdefault("per_device_train_batch_size", grpo["num_generations"])
     sections = {
         name: _filled(getattr(config, name), defaults.get(name, {}))
         for name in ("rollout", "dpo", "batch", "smoke")
+        if name not in _without_effect(config)
     }
     return config.model_copy(update={"grpo": grpo, **sections})
+
+
+def _group_of(config: RunConfig) -> dict[str, JsonValue]:
+    """Rows and group of a fixed shape; a group of two needs two steps of one row."""
+    if config.smoke.fixed_shapes is None:
+        return {}
+    num_rows = config.smoke.fixed_shapes[0]
+    if num_rows > 1:
+        return {"per_device_train_batch_size": num_rows, "num_generations": num_rows}
+    return {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 2,
+    }
+
+
+def _without_effect(config: RunConfig) -> set[str]:
+    """Sections that this run does not read; a default in them would be taken for a wish."""
+    unread: set[str] = set()
+    if config.smoke.fixed_shapes is not None:
+        unread |= {"rollout", "batch"}
+    if config.rollout.reward is not None:
+        unread.add("rollout")
+    if config.beta_replay == 0:
+        unread.add("dpo")
+    return unread
 
 
 def _filled(section: ConfigModel, values: dict[str, JsonValue]) -> ConfigModel:

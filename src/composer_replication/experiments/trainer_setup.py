@@ -1,10 +1,9 @@
 """From a run's configuration to a trainer: every check first, the model after it."""
 
-import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import cast
@@ -15,38 +14,35 @@ from packaging.version import Version
 from transformers import TrainerCallback, set_seed
 
 from composer_replication.config.run_config import RunConfig
-from composer_replication.environments.registry import environment_class
-from composer_replication.errors import ConfigError, DataError, MissingDependencyError, nearest
+from composer_replication.config.unused_options import check_used_options
+from composer_replication.errors import ConfigError, DataError, InputError, MissingDependencyError
 from composer_replication.experiments.doctor import cpu_bf16_line
 from composer_replication.experiments.fixed_shapes import FixedShapeRollouts
-from composer_replication.experiments.run_data import RunData, load_run_data, shipped_data
+from composer_replication.experiments.grpo_section_options import check_grpo_section
+from composer_replication.experiments.judge_checks import find_judge
+from composer_replication.experiments.lora_settings import check_lora, peft_config
+from composer_replication.experiments.record_checks import check_records
+from composer_replication.experiments.run_data import (
+    PROMPTS_FILE,
+    RunData,
+    load_run_data,
+    shipped_data,
+)
 from composer_replication.runs.run_directory import RunDirectory
 from composer_replication.step.channels import CHANNELS
 from composer_replication.step.optimizer_step import find_channel
+from composer_replication.training.checked_environment import CheckedEnvironment
 from composer_replication.training.composer_config import ComposerConfig
 from composer_replication.training.model_source import (
     LoadedModel,
     check_model_spec,
     default_model_spec,
     load_model,
+    model_facts,
 )
 from composer_replication.training.rewards import RewardFunction, environment_reward, token_reward
 from composer_replication.training.rollouts import EnvironmentRollouts
 from composer_replication.training.trainer import ComposerReplicationTrainer
-
-# Set by other keys of the file, so a second place for them would only contradict.
-_OWNED_KEYS = {
-    "output_dir": "--out",
-    "seed": "seed",
-    "alpha_sdpo": "alpha_sdpo",
-    "beta_replay": "beta_replay",
-    "channel_weights": "[channels]",
-    "channel_schedule": "batch.channel_schedule",
-    "teacher": "teacher",
-    "teacher_ema_rate": "sdpo.teacher_ema_rate",
-    "tree": "tree",
-    "max_steps": "smoke.steps, or [grpo] max_steps of a train run",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,33 +61,49 @@ class RunParts:
     """Sentences a reader of the figures must know."""
 
 
-def prepare(config: RunConfig, run: RunDirectory, *, overrides: dict[str, object]) -> RunParts:
-    """Check model name, data and every setting; no weights are read.
+def prepare(
+    config: RunConfig,
+    run: RunDirectory,
+    *,
+    overrides: dict[str, object],
+    on_progress: Callable[[str], None] | None = None,
+) -> RunParts:
+    """Check every setting, the model's files and every record; no weights are read.
 
     Args:
         config: of the run.
         run: where checkpoints, rollouts and metrics go.
         overrides: GRPOConfig values that the verb sets, such as `max_steps`.
+        on_progress: receives one sentence for each slow thing that is about to happen.
 
     Raises:
         InputError: anything that could not work later.
     """
     _check_trl()
-    notes: list[str] = []
+    # What needs the least comes first: a mistyped key is told before anything is downloaded.
+    notes = check_used_options(config)
+    check_grpo_section(config.grpo, device_type=device().type)
+    for name in config.channels:
+        find_channel(name)
     spec = config.model
     if spec is None:
         spec, reason = default_model_spec(device().type)
         notes.append(reason)
     check_model_spec(spec)
     data = load_run_data(config.data)
-    for name in config.channels:
-        find_channel(name)
-    _check_channel_data(config, data)
-    environment, reward = _judge(config, data)
+    notes += data.notes
+    environment, reward = find_judge(config, data)
+    _check_channel_data(config, data, has_environment=environment is not None)
     if config.smoke.fixed_shapes is not None:
         # Nothing is sampled: the actions at hint sites are as long as the shape makes them.
         overrides = {**overrides, "hint_site_actions": "recorded"}
     args = composer_config(config, run, overrides, reference_cache=_reference_cache(data, run))
+    _prompt_dataset(data)
+    facts = model_facts(spec, on_progress)
+    if config.lora is not None:
+        check_lora(config.lora, facts.config)
+    completion = int(args.max_completion_length or 0)
+    notes += check_records(config, data, facts, max_completion_length=completion)
     return RunParts(config, args, data, spec, environment, reward, notes)
 
 
@@ -107,7 +119,7 @@ def build_trainer(
     if rollouts is not None:
         keywords["rollout_func"] = rollouts
     if config.lora is not None:
-        keywords["peft_config"] = _peft_config(config)
+        keywords["peft_config"] = peft_config(config.lora)
     fixed = rollouts if isinstance(rollouts, FixedShapeRollouts) else None
     uses_sites = config.alpha_sdpo > 0 or _weighs(config, "hint_sites")
     uses_pairs = config.beta_replay > 0 or _weighs(config, "pairs")
@@ -118,7 +130,7 @@ def build_trainer(
             loaded.model,
             reward,
             parts.args,
-            train_dataset=Dataset.from_list(parts.data.prompts),
+            train_dataset=_prompt_dataset(parts.data),
             processing_class=loaded.tokenizer,
             callbacks=callbacks,
             hint_sites=sites if uses_sites and sites else None,
@@ -135,11 +147,12 @@ def composer_config(
     """`ComposerConfig` from the file's sections, TRL's checks included.
 
     Raises:
-        ConfigError: an unknown key of `[grpo]`, one that another key owns, or a value TRL refuses.
+        ConfigError: a value that TRL refuses.
     """
-    _check_grpo_keys(config)
     sdpo, dpo, batch = config.sdpo, config.dpo, config.batch
     values: dict[str, object] = _device_defaults()
+    if config.grpo.get("fp16"):
+        values["bf16"] = False
     values |= {
         "output_dir": str(run.checkpoints_dir),
         "seed": config.seed,
@@ -167,6 +180,9 @@ def composer_config(
         "pairs_per_step": dpo.pairs_per_step,
         "max_context_tokens": batch.max_context_tokens,
         "truncation": batch.truncation,
+        **dict(config.diagnostics),
+        **{f"guard_{name}": value for name, value in config.guards},
+        "credit_dir": str(run.credit_dir),
         "rollouts_dir": str(run.rollouts_dir),
         "reference_cache_dir": str(reference_cache),
     }
@@ -176,9 +192,9 @@ def composer_config(
         raise as_config_error(error) from error
 
 
-def as_config_error(error: Exception) -> ConfigError:
+def as_config_error(error: Exception) -> InputError:
     """TRL's or transformers' refusal of a value as this package's kind of error."""
-    if isinstance(error, ConfigError):
+    if isinstance(error, InputError):
         return error
     return ConfigError(f"{error} (refused by TRL; the value comes from [grpo] or its defaults.)")
 
@@ -231,31 +247,35 @@ def _device_defaults() -> dict[str, object]:
     }
 
 
-def _check_grpo_keys(config: RunConfig) -> None:
-    known = {item.name for item in dataclasses.fields(ComposerConfig) if item.init}
-    for key in config.grpo:
-        if key in _OWNED_KEYS and key != "max_steps":
-            raise ConfigError(
-                f"grpo.{key} is set, but {key} is owned by {_OWNED_KEYS[key]}. Set it there."
-            )
-        if key not in known:
-            raise ConfigError(f"Unknown key grpo.{key}. {nearest(key, known)}")
+def _prompt_dataset(data: RunData) -> Dataset:
+    try:
+        return Dataset.from_list(data.prompts)
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{data.folder / PROMPTS_FILE}: its rows do not make a table ({error}). Give each key "
+            "values of one type in every row."
+        ) from error
 
 
-def _check_channel_data(config: RunConfig, data: RunData) -> None:
+def _check_channel_data(config: RunConfig, data: RunData, *, has_environment: bool) -> None:
+    """Each weight above 0 needs its records; error turns of an environment are hint sites too."""
     if config.smoke.fixed_shapes is not None:
         return
-    has_environment = (config.rollout.environment or data.task) is not None
-    if config.alpha_sdpo > 0 and not data.hint_sites and not has_environment:
-        raise DataError(
-            f"alpha_sdpo is {config.alpha_sdpo} and {data.folder} has no hint_sites.jsonl, so SDPO "
-            "could never train. Add hint sites, or set alpha_sdpo = 0."
-        )
-    if config.beta_replay > 0 and not data.pairs:
-        raise DataError(
-            f"beta_replay is {config.beta_replay} and {data.folder} has no pairs.jsonl, so DPO "
-            "could never train. Add pairs, or set beta_replay = 0."
-        )
+    weights = {"alpha_sdpo": config.alpha_sdpo, "beta_replay": config.beta_replay}
+    needs = {"alpha_sdpo": "hint_sites", "beta_replay": "pairs"}
+    weights |= {f"channels.{name}": weight for name, weight in config.channels.items()}
+    needs |= {f"channels.{name}": find_channel(name).data for name in config.channels}
+    has_none = {
+        "rollouts": False,
+        "hint_sites": not data.hint_sites and not has_environment,
+        "pairs": not data.pairs,
+    }
+    for key, weight in weights.items():
+        if weight > 0 and has_none[needs[key]]:
+            raise DataError(
+                f"{key} is {weight} and {data.lack_of(f'{needs[key]}.jsonl')}, so that channel "
+                f"could never train. Add {needs[key]}, or set {key} = 0."
+            )
 
 
 def _rollouts_and_reward(
@@ -273,7 +293,7 @@ def _rollouts_and_reward(
         assert parts.reward is not None
         return None, parts.reward
     rollouts = EnvironmentRollouts(
-        parts.environment,
+        partial(CheckedEnvironment, parts.environment),
         parts.data.prompts,
         max_turns=config.rollout.max_turns,
         max_action_tokens=config.rollout.max_action_tokens,
@@ -285,51 +305,6 @@ def _rollouts_and_reward(
         )
         return rollouts, token_reward
     return rollouts, environment_reward
-
-
-def _judge(config: RunConfig, data: RunData) -> tuple[type | None, RewardFunction | None]:
-    """The environment or the reward function that judges rollouts."""
-    if config.smoke.fixed_shapes is not None:
-        return None, None
-    name = config.rollout.environment or data.task
-    if name is None or config.rollout.reward is not None:
-        return None, _imported_reward(config)
-    return environment_class(name), None
-
-
-def _imported_reward(config: RunConfig) -> RewardFunction:
-    path = config.rollout.reward
-    if path is None:
-        raise ConfigError(
-            "The data names no task and rollout.reward is not set, so rollouts would have no "
-            "reward. Set rollout.environment, or rollout.reward = 'package.module:function'."
-        )
-    module, _, name = path.partition(":")
-    try:
-        return cast(RewardFunction, getattr(import_module(module), name))
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"rollout.reward is {path!r}, which cannot be imported ({error}). "
-            "Write 'package.module:function' of an installed module."
-        ) from error
-
-
-def _peft_config(config: RunConfig) -> object:
-    assert config.lora is not None
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise MissingDependencyError(
-            "[lora] is set and the package peft is not installed. "
-            "Install composer-replication[lora]."
-        ) from error
-    return LoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=config.lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
 
 
 def _weighs(config: RunConfig, data: str) -> bool:

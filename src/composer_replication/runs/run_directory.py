@@ -111,6 +111,11 @@ class RunDirectory:
         """One file of rollouts a step."""
         return self.path / "rollouts"
 
+    @property
+    def credit_dir(self) -> Path:
+        """Per-token credit, one file for each step that asked for it."""
+        return self.path / "credit"
+
     def write_config(self, text: str) -> None:
         """Replace `config.toml`."""
         write_text_atomically(self.config_path, text)

@@ -1,18 +1,30 @@
 """Final hidden states and the output head of any Hugging Face causal LM, wrapped or not.
 
 The forward goes through the model that was passed in (DDP, PEFT, autocast wrappers and all) and a
-hook on its backbone captures what the head would read, so no `[B, T, V]` logits are ever built.
-Letters: B sequences, T tokens, H hidden.
+hook on its decoder captures what the head would read, so no `[B, T, V]` logits are ever built.
+Letters: B sequences, T tokens, H hidden, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from composer_replication.errors import ConfigError, ModelError
 from composer_replication.losses.head import OutputHead
+
+_MAX_HEAD_ERROR = 0.02
+"""Of the largest logit. bf16 rounds logits by 0.004 of their size; a soft cap or a scale that is
+left out moves them by more."""
+
+_WHAT_WORKS = (
+    "Use a decoder-only model of a known family, such as Llama, Qwen, Gemma, Mistral or Granite."
+)
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -32,15 +44,27 @@ def final_hidden_states(
     """Hidden states after the last norm; row `t` predicts token `t + 1`.
 
     Positions are counted over real tokens, so padding on either side changes nothing.
+
+    Raises:
+        ConfigError: DDP that broadcasts buffers.
+        ModelError: an architecture whose decoder cannot be told from its head.
     """
+    hidden, _ = _hidden_and_last_logits(model, input_ids, attention_mask)
+    return hidden
+
+
+def _hidden_and_last_logits(
+    model: nn.Module, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]
+) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B V"]]:
+    _refuse_buffer_broadcasts(model)
     captured: list[Tensor] = []
 
     def capture(_module: nn.Module, _args: object, output: object) -> None:
         captured.append(cast(Tensor, output[0]))  # pyright: ignore[reportIndexIssue]
 
-    handle = causal_lm(model).base_model.register_forward_hook(capture)
+    handle = _decoder(causal_lm(model)).register_forward_hook(capture)
     try:
-        model(
+        output = model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
@@ -49,13 +73,44 @@ def final_hidden_states(
         )
     finally:
         handle.remove()
-    return captured[0]
+    return captured[0], output.logits[:, -1]
+
+
+def _decoder(lm: PreTrainedModel) -> nn.Module:
+    # Not `base_model`: OPT and the decoders of encoder-decoder families never call theirs.
+    decoder = lm.get_decoder()
+    if decoder is lm:
+        raise ModelError(
+            f"{type(lm).__name__} does not say which of its modules is the decoder, so the hidden "
+            f"states that its output head reads cannot be captured. {_WHAT_WORKS}"
+        )
+    return decoder
+
+
+def _refuse_buffer_broadcasts(model: nn.Module) -> None:
+    if isinstance(model, DistributedDataParallel) and model.will_sync_module_buffers():
+        raise ConfigError(
+            "DDP broadcasts buffers at every forward, and processes run different numbers of "
+            "forwards: one without error turns runs none for SDPO. They would wait for each other "
+            "forever. Set ddp_broadcast_buffers = False (DistributedDataParallel: "
+            "broadcast_buffers=False); the buffers of causal language models are constants."
+        )
 
 
 def output_head(model: nn.Module) -> OutputHead:
-    """The output head, with the scaling and soft-capping of the architecture's logits."""
+    """The output head, with the scaling and soft-capping of the architecture's logits.
+
+    Raises:
+        ModelError: an adapter on the head, whose weight alone is not what the model computes.
+    """
     lm = causal_lm(model)
     head = cast(nn.Linear, lm.get_output_embeddings())
+    if hasattr(head, "base_layer") or hasattr(head, "token_adapter"):
+        raise ModelError(
+            "The model has an adapter on its output head. Losses multiply hidden states by the "
+            "head's weight, so the adapter would neither count nor train. Take the head out of "
+            "target_modules and trainable_token_indices; modules_to_save trains all of it."
+        )
     config = lm.config.get_text_config()
     return OutputHead(
         weight=head.weight,
@@ -63,6 +118,36 @@ def output_head(model: nn.Module) -> OutputHead:
         logit_scale=_logit_scale(config),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+def check_output_head(model: nn.Module) -> None:
+    """Refuse a model whose own logits are not what `output_head` makes of its hidden states.
+
+    A transform before the head, or a soft cap or scale under an unknown name, would make every
+    loss and gradient wrong without a sign. Costs one forward of a few tokens.
+
+    Raises:
+        ModelError: naming the architecture and the difference.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 9, device=device)[None]
+    with torch.no_grad(), in_eval_mode(model):
+        hidden, own_logits = _hidden_and_last_logits(model, ids, torch.ones_like(ids))
+        head = output_head(model)
+        name = type(causal_lm(model)).__name__
+        if hidden.shape[-1] != head.weight.shape[1]:
+            raise ModelError(
+                f"{name} has hidden states of {hidden.shape[-1]} numbers and an output head that "
+                f"takes {head.weight.shape[1]}, so something stands between them. {_WHAT_WORKS}"
+            )
+        logits = head.logits(hidden[:, -1])
+    error = float((logits - own_logits).abs().max() / own_logits.abs().max())
+    if not error < _MAX_HEAD_ERROR:
+        raise ModelError(
+            f"The logits of {name} differ by {error:.1%} from its hidden states times its output "
+            "head, so its architecture does something in between that is not known here, and every "
+            f"loss would be wrong. {_WHAT_WORKS}"
+        )
 
 
 def _logit_scale(config: PreTrainedConfig) -> float:
@@ -85,6 +170,26 @@ def rows_before(
 
 
 def zero_in_graph(model: nn.Module) -> Float[Tensor, ""]:
-    """A zero that a trainable parameter produced, so an empty channel still backpropagates."""
+    """A zero that a trainable parameter produced, so an empty channel still backpropagates.
+
+    Under DDP one token goes through the model: a process without any forward would take no part in
+    averaging the gradients, and the others would wait for it.
+    """
     parameter = next(p for p in model.parameters() if p.requires_grad)
+    if isinstance(model, DistributedDataParallel):
+        token = torch.ones((1, 1), dtype=torch.long, device=parameter.device)
+        _, logits = _hidden_and_last_logits(model, token, token)
+        return logits.reshape(-1)[:0].sum(dtype=torch.float32)
     return parameter.reshape(-1)[:0].sum(dtype=torch.float32)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """The model without dropout and without recomputation, every module's mode put back after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, was_training in modes.items():
+            module.training = was_training

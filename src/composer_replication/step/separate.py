@@ -3,9 +3,6 @@
 Letters: B rollouts, C completion tokens, T tokens of a row, M action tokens, P pairs, H hidden.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -13,7 +10,12 @@ from torch import Tensor, nn
 from composer_replication.batch.collate import StepTensors
 from composer_replication.losses.head import selected_logp
 from composer_replication.losses.sdpo import fused_generalized_jsd
-from composer_replication.step.hidden_states import final_hidden_states, output_head, rows_before
+from composer_replication.step.hidden_states import (
+    final_hidden_states,
+    in_eval_mode,
+    output_head,
+    rows_before,
+)
 from composer_replication.step.scores import Scores
 from composer_replication.step.settings import SDPOSettings, StepSettings, TeacherContext
 
@@ -86,17 +88,6 @@ def score_actions(model: nn.Module, tensors: StepTensors, side: str) -> Float[Te
     ids, mask = tensors[f"{side}_input_ids"], tensors[f"{side}_response_mask"]
     logp_PT, _ = _logp_at(model, ids, tensors[f"{side}_attention_mask"], mask, temperature=1.0)
     return logp_PT.sum(-1)
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """The model without dropout and without recomputation, its modes put back afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.train(was_training)
 
 
 def live_teacher(policy: nn.Module) -> TeacherContext:

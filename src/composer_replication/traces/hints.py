@@ -3,8 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from composer_replication.errors import DataError, nearest
-from composer_replication.traces.trace import Message, TurnError, message_rows, messages_from
+from composer_replication.errors import DataError
+from composer_replication.traces.row_reading import (
+    check_keys,
+    placed,
+    require_state,
+    require_text,
+)
+from composer_replication.traces.trace import Message, TurnError, message_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +57,10 @@ class HintSite:
                 f"{self.state[-1].content[:60]!r}. That turn is an action; "
                 "the state is what came before it."
             )
-        if not self.action and not self.action_ids:
+        if not self.action.strip() and not self.action_ids:
             raise DataError(
-                f"Hint site {self.source!r} has no action, so there is nothing to score."
+                f"Hint site {self.source!r} has no action, so there is nothing to score. "
+                "Give the action that erred, or drop the site."
             )
 
 
@@ -69,58 +76,50 @@ def hint_from_error(error: TurnError) -> str:
     return text
 
 
-_SITE_KEYS = frozenset({"state", "hint", "action", "error_kind", "source"})
+SITE_KEYS = frozenset({"state", "hint", "action", "error_kind", "source"})
+"""What a row of `hint_sites.jsonl` may say; its other keys are metadata."""
+
+_IDS_REASON = (
+    "Exact ids belong to one tokenizer, and a row is text. "
+    "Leave it out, or give HintSite records to the trainer."
+)
+_ACTION_REASON = (
+    "Student and teacher score the same action, the one that erred. Give that one as 'action'; "
+    "what would have been better goes into 'hint', or into a preference pair."
+)
+_REFUSED_KEYS = {
+    "state_ids": _IDS_REASON,
+    "action_ids": _IDS_REASON,
+    "student_action": _ACTION_REASON,
+    "teacher_action": _ACTION_REASON,
+    "is_on_policy": (
+        "A recorded action is not the policy's own. Leave it out; with sdpo.actions = 'resampled' "
+        "the policy answers anew."
+    ),
+}
 
 
 def hint_site_from_row(row: Mapping[str, object], where: str) -> HintSite:
     """A hint site from one row of `hint_sites.jsonl` or of a dataset.
 
     Raises:
-        DataError: a missing or unknown key, or a value of the wrong kind.
+        DataError: a missing or misspelt key, or a value of the wrong kind; it names the place.
     """
-    check_keys(row, _SITE_KEYS, where)
-    return HintSite(
-        state=require_state(row, where),
-        hint=require_text(row, "hint", where),
-        action=require_text(row, "action", where),
-        error_kind=require_text(row, "error_kind", where, default=""),
-        source=require_text(row, "source", where, default=""),
-    )
+    with placed(where):
+        check_keys(row, SITE_KEYS, _REFUSED_KEYS)
+        return HintSite(
+            state=require_state(row),
+            hint=require_text(row, "hint"),
+            action=require_text(row, "action"),
+            error_kind=require_text(row, "error_kind", default=""),
+            source=require_text(row, "source", default=""),
+        )
 
 
 def hint_site_row(site: HintSite) -> dict[str, object]:
     """The JSON row of a hint site (text only: exact ids belong to one tokenizer)."""
     row: dict[str, object] = {
-        field.name: getattr(site, field.name) for field in fields(site) if field.name in _SITE_KEYS
+        field.name: getattr(site, field.name) for field in fields(site) if field.name in SITE_KEYS
     }
     row["state"] = message_rows(site.state)
     return row
-
-
-def check_keys(row: Mapping[str, object], known: frozenset[str], where: str) -> None:
-    """Refuse keys that nothing reads, naming the nearest known one."""
-    for key in row:
-        if key not in known:
-            raise DataError(f"{where} has the unknown key {key!r}. {nearest(key, known)}")
-
-
-def require_text(
-    row: Mapping[str, object], key: str, where: str, default: str | None = None
-) -> str:
-    """The text under `key`, or a `DataError` that says what is there instead.
-
-    A missing key, or the None that a dataset's column holds for it, is `default` where one is
-    given.
-    """
-    value = default if row.get(key) is None and default is not None else row.get(key)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} is {value!r}; it must be text.")
-    return value
-
-
-def require_state(row: Mapping[str, object], where: str) -> tuple[Message, ...]:
-    """The messages under `state`."""
-    value = row.get("state")
-    if not isinstance(value, list | tuple) or not value:
-        raise DataError(f"{where}: 'state' is {value!r}; it must be a list of chat messages.")
-    return messages_from(value, where)

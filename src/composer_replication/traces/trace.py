@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
-from composer_replication.errors import DataError, nearest
+from composer_replication.errors import DataError, nearest, shown
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -44,28 +44,46 @@ class TurnError:
 
 
 def messages_from(
-    rows: Iterable[Mapping[str, object] | Message], where: str
+    rows: Iterable[Mapping[str, object] | Message], where: str = ""
 ) -> tuple[Message, ...]:
     """Messages from `{"role", "content"}` rows.
 
     Args:
         rows: chat messages as a dataset or a JSON file holds them.
-        where: what is being read, for the error text.
+        where: what is being read, for the error text; empty: the caller says it.
 
     Raises:
-        DataError: a row without a role or with content that is not text.
+        DataError: a row that is no chat message of text, or whose tool calls would be lost.
     """
-    messages: list[Message] = []
-    for index, row in enumerate(rows):
-        if isinstance(row, Message):
-            messages.append(row)
-            continue
-        if not isinstance(row.get("role"), str) or not isinstance(row.get("content"), str):
-            raise DataError(
-                f"{where}, message {index}: {dict(row)!r} needs a text 'role' and a text 'content'."
-            )
-        messages.append(Message(cast(Role, row["role"]), cast(str, row["content"])))
-    return tuple(messages)
+    prefix = f"{where}, " if where else ""
+    return tuple(
+        row if isinstance(row, Message) else _message_from(row, f"{prefix}message {index}")
+        for index, row in enumerate(rows)
+    )
+
+
+def _message_from(row: object, where: str) -> Message:
+    if not isinstance(row, Mapping):
+        raise DataError(
+            f"{where} is {shown(row)}; a message is an object with 'role' and 'content'. "
+            'Write it as {"role": "user", "content": "..."}.'
+        )
+    fields = cast("Mapping[str, object]", row)
+    role, content = fields.get("role"), fields.get("content")
+    if fields.get("tool_calls"):
+        raise DataError(
+            f"{where} has 'tool_calls', and only 'content' is rendered: the call would be lost. "
+            "Write the call into 'content' as the text that the model generates for it."
+        )
+    if not isinstance(role, str) or not isinstance(content, str):
+        name, value = ("content", content) if isinstance(role, str) else ("role", role)
+        raise DataError(
+            f"{where}: {name!r} is {shown(value)}; it must be text. "
+            'Write the message as {"role": "user", "content": "..."}.'
+        )
+    if role not in ROLES:
+        raise DataError(f"{where}: the role is {role!r}. {nearest(role, ROLES)}")
+    return Message(cast(Role, role), content)
 
 
 def message_rows(messages: Iterable[Message]) -> list[dict[str, str]]:

@@ -87,6 +87,38 @@ class ComposerConfig(GRPOConfig):
     reference_cache_dir: str | None = None
     """Where reference log-probs are kept. None: `reference_logps` in output_dir."""
 
+    gradients_every: int | None = None
+    """Steps between two measurements of each channel's own gradient, which cost the memory of one
+    gradient a channel. 0 or None: never."""
+    credit_every: int | None = None
+    """Steps between two files of every token's credit. 0 or None: never."""
+    credit_dir: str | None = None
+    """Where credit is written. None: `credit` in output_dir."""
+
+    guard_enabled: bool = True
+    """False: no guard stops the run. Each of the `steps` below turns its own off with 0 or None;
+    `docs/diagnostics.md` says what each sees."""
+    guard_no_spread_steps: int | None = 100
+    """Steps in a row without reward spread in any group."""
+    guard_no_effect_steps: int | None = 100
+    """SDPO's own steps in a row whose divergence is under guard_effect_floor."""
+    guard_effect_floor: float | None = None
+    """Nats a token. None: 1e-6 in fp32, 1e-3 in half precision."""
+    guard_no_data_steps: int | None = 100
+    """A channel's own steps in a row without tokens or pairs."""
+    guard_entropy_steps: int | None = 50
+    """Steps in a row whose mean token entropy is under guard_entropy_floor."""
+    guard_entropy_floor: float = 0.01
+    """Nats a token."""
+    guard_short_steps: int | None = 20
+    """Steps in a row whose mean completion has at most guard_short_tokens."""
+    guard_short_tokens: float = 2.0
+    """Tokens, the end-of-turn token included."""
+    guard_cut_off_steps: int | None = 200
+    """Steps in a row in which every completion was cut off."""
+    guard_non_finite_steps: int | None = 1
+    """Steps in a row whose gradient norm is not finite; under fp16 at least 20."""
+
     def __post_init__(self) -> None:
         """Check our fields, then let TRL check its own."""
         self.check_composer_fields()
@@ -117,6 +149,13 @@ class ComposerConfig(GRPOConfig):
                     f"{name} is {getattr(self, name)}; it must be at least 1. To turn a channel "
                     "off set its weight to 0."
                 )
+        for item in fields(ComposerConfig):
+            if item.name.startswith("guard_") or item.name in ("gradients_every", "credit_every"):
+                value = getattr(self, item.name)
+                if value is not None and not value >= 0:
+                    raise ConfigError(
+                        f"{item.name} is {value}; it must be at least 0. Set 0 to turn it off."
+                    )
         if self.sdpo_clip is not None and self.sdpo_clip_value is None:
             raise ConfigError(
                 f"sdpo_clip is {self.sdpo_clip!r} without a bound. Set sdpo_clip_value, in nats."

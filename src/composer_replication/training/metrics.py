@@ -1,5 +1,6 @@
 """Per-step measurements: channel totals over micro-batches and ranks, seconds, peak memory."""
 
+import math
 import resource
 import sys
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from composer_replication.units import gib
@@ -20,6 +22,20 @@ class MetricsSink(Protocol):
     def __call__(self, row: Mapping[str, float | int | str | None]) -> None:
         """Take one optimizer step's row."""
         ...
+
+
+def means_over_ranks(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """The mean of each metric from every rank's sum and count; all ranks call it together.
+
+    A rank may lack a metric, where its channel had no data. Means that are not finite are left out.
+    """
+    totals: dict[str, tuple[float, float]] = {}
+    for ranks_sums in gather_object([sums]):
+        for name, (total, count) in ranks_sums.items():
+            old_total, old_count = totals.get(name, (0.0, 0.0))
+            totals[name] = (old_total + total, old_count + count)
+    means = {name: total / count for name, (total, count) in totals.items()}
+    return {name: mean for name, mean in means.items() if math.isfinite(mean)}
 
 
 class StepClock:

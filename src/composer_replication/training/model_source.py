@@ -20,12 +20,12 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -37,8 +37,8 @@ from composer_replication.training.embedded_model import (
     EMBEDDED_LABEL,
     check_embedded_model,
     embedded_model_dir,
-    quiet_progress_bars,
 )
+from composer_replication.training.model_weights import missing_weights, read_weights
 from composer_replication.training.shape_models import (
     build_shape_model,
     shape_config,
@@ -48,8 +48,6 @@ from composer_replication.training.shape_models import (
 EMBEDDED_SPEC = "smollm2-135m"
 SHAPE_PREFIX = "shape:"
 REFERENCE_SPEC = "Qwen/Qwen2.5-0.5B-Instruct"
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-_WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -102,16 +100,47 @@ def load_model(
             seed=seed,
         )
     else:
-        with quiet_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                files.location,
-                local_files_only=files.is_local,
-                dtype=weight_dtype,
-                attn_implementation=attn_implementation,
-            )
+        model = read_weights(
+            spec,
+            files.location,
+            is_local=files.is_local,
+            dtype=weight_dtype,
+            attn_implementation=attn_implementation,
+        )
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return LoadedModel(model, tokenizer, model_label(spec), is_shape, spec)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before its weights are read.
+
+    Example: `model_facts("smollm2-135m").vocab_size == 49152`
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    """Rows of the embedding; ids from here on have none."""
+    max_positions: int | None
+    """Tokens of the longest row that the model was built for; None: it does not say."""
+    config: PreTrainedConfig
+
+
+def model_facts(spec: str, on_progress: Callable[[str], None] | None = None) -> ModelFacts:
+    """The checked tokenizer and the limits of `spec`; the embedded model is converted if need be.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    files = _find(spec, on_progress)
+    config = files.config.get_text_config()
+    return ModelFacts(
+        tokenizer=_checked_tokenizer(spec, files, None),
+        vocab_size=config.vocab_size,
+        max_positions=getattr(config, "max_position_embeddings", None),
+        config=files.config,
+    )
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
@@ -120,7 +149,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: as `load_model`.
     """
-    return _checked_tokenizer(spec, _find(spec, None), None)
+    return model_facts(spec).tokenizer
 
 
 def check_model_spec(spec: str) -> None:
@@ -167,7 +196,7 @@ def model_label(spec: str) -> str:
 def is_cached(repo_id: str) -> bool:
     """Whether the local hub cache holds a repository's configuration and all its weights."""
     config_path = try_to_load_from_cache(repo_id, "config.json")
-    return isinstance(config_path, str) and _missing_weights(Path(config_path).parent) is None
+    return isinstance(config_path, str) and missing_weights(Path(config_path).parent) is None
 
 
 def hub_is_reachable(timeout_s: float = 2.0) -> bool:
@@ -219,7 +248,7 @@ def _find(spec: str, on_progress: Callable[[str], None] | None) -> _ModelFiles:
     is_local = local_folder is not None or not hub_is_reachable()
     folder = local_folder or _hub_snapshot(spec, is_local)
     config = _causal_lm_config(spec, folder)
-    missing = _missing_weights(folder)
+    missing = missing_weights(folder)
     if missing is not None and is_local:
         raise ModelError(
             f"{spec}: {folder} has a config.json but lacks {missing}, so there are no weights to "
@@ -289,7 +318,7 @@ def _causal_lm_config(spec: str, folder: Path) -> PreTrainedConfig:
     """The configuration in a folder, once it is known to be a decoder that predicts text."""
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{spec}: {folder / 'config.json'} is not a JSON object with a model_type "
             f"({type(error).__name__}: {error}). Write it with `save_pretrained` again."
@@ -299,7 +328,20 @@ def _causal_lm_config(spec: str, folder: Path) -> PreTrainedConfig:
             f"{spec} is of the type {model_type!r}, which transformers {transformers.__version__} "
             "does not know, and code from a model repository is not run. Use a newer transformers."
         )
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"{spec}: {folder / 'config.json'} describes no model that transformers can build "
+            f"({' '.join(str(error).split())}). Correct it, or download it again."
+        ) from error
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = dict(quantized).get("quant_method", "an unknown method")
+        raise ModelError(
+            f"{spec} holds quantised weights ({method}), which no optimizer step can change. Give "
+            "the repository of the full weights; [lora] trains an adapter on them in bf16."
+        )
     if config.is_encoder_decoder:
         raise ModelError(
             f"{spec} is an encoder-decoder model ({model_type}). Prompt and completion must be one "
@@ -311,17 +353,6 @@ def _causal_lm_config(spec: str, folder: Path) -> PreTrainedConfig:
             "load, so it has no next-token probabilities to train. Give a text generation model."
         )
     return config
-
-
-def _missing_weights(folder: Path) -> str | None:
-    """The first weight file that a model folder lacks; None when all are there."""
-    if any((folder / name).is_file() for name in _WEIGHT_FILES):
-        return None
-    for index in _WEIGHT_INDEXES:
-        if (folder / index).is_file():
-            shards = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
-            return next((name for name in sorted(shards) if not (folder / name).is_file()), None)
-    return _WEIGHT_FILES[0]
 
 
 def _checked_tokenizer(

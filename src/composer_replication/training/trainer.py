@@ -19,10 +19,11 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from composer_replication.batch.collate import ComposerDataCollator
-from composer_replication.errors import TrainingError
+from composer_replication.errors import ConfigError, TrainingError
 from composer_replication.runs.checkpoint_folders import staging_folder
 from composer_replication.runs.rollout_files import write_rollouts
 from composer_replication.step.channels import CHANNELS, ChannelSum
+from composer_replication.step.hidden_states import check_output_head
 from composer_replication.step.optimizer_step import channel_sums
 from composer_replication.traces.hints import HintSite
 from composer_replication.traces.pairs import PreferencePair
@@ -30,14 +31,17 @@ from composer_replication.training.channel_plan import MicroBatch, scheduled
 from composer_replication.training.channel_weights import channel_weights
 from composer_replication.training.composer_config import ComposerConfig
 from composer_replication.training.generation_plan import GenerationPlanner
-from composer_replication.training.metrics import StepClock
+from composer_replication.training.metrics import StepClock, means_over_ranks
 from composer_replication.training.record_loader import hint_sites_from, pairs_from
+from composer_replication.training.record_texts import RecordTextCollator
 from composer_replication.training.references import with_references
 from composer_replication.training.resume_state import load_run_state, save_run_state, skip_passes
 from composer_replication.training.rewards import RewardFunction, environment_reward
 from composer_replication.training.rollout_log import rollout_rows
 from composer_replication.training.rollouts import EnvironmentRollouts
+from composer_replication.training.run_guards import RunGuards
 from composer_replication.training.site_sampling import sample_site_actions
+from composer_replication.training.step_diagnostics import StepDiagnostics
 from composer_replication.training.teacher import (
     PolicyTeacher,
     Teacher,
@@ -100,6 +104,9 @@ class ComposerReplicationTrainer(GRPOTrainer):
             has_hint_sites=sites is not None or has_error_turns,
             has_pairs=preferences is not None,
         )
+        if weights and args.ddp_broadcast_buffers is None:
+            # Ranks run different numbers of forwards, and would wait for each other's buffers.
+            args.ddp_broadcast_buffers = False
         super().__init__(model, reward_funcs, args, *positional, **keywords)  # pyright: ignore[reportArgumentType]
         self.channel_weights = weights
         self.clock = StepClock(self.accelerator.device)
@@ -107,13 +114,20 @@ class ComposerReplicationTrainer(GRPOTrainer):
         self._finished_passes = 0
         self._is_saving = False
         self._channel_totals: dict[str, float] = {}
+        self._metric_sums: dict[str, tuple[float, float]] = {}
         self._set_up_channels(sites, preferences)
 
     def _set_up_channels(
         self, sites: list[HintSite] | None, pairs: list[PreferencePair] | None
     ) -> None:
         args = self._composer_args
-        self.collator = ComposerDataCollator(
+        self.diagnostics = StepDiagnostics(args, self.accelerator, self.channel_weights)
+        self.add_callback(self.diagnostics)
+        policy = cast(nn.Module, self.model)
+        is_fp32 = self.accelerator.mixed_precision == "no" and policy.dtype == torch.float32
+        self.add_callback(RunGuards(args, tuple(self.channel_weights), is_fp32=is_fp32))
+        collator = RecordTextCollator if args.credit_every else ComposerDataCollator
+        self.collator = collator(
             cast(PreTrainedTokenizerBase, self.processing_class),
             hint_placement=args.hint_placement,
             max_length=args.max_context_tokens,
@@ -125,6 +139,8 @@ class ComposerReplicationTrainer(GRPOTrainer):
         data = {CHANNELS[name].data for name in self.channel_weights}
         if not data:
             return
+        check_output_head(policy)
+        self._refuse_reentrant_checkpointing()
         if "hint_sites" in data:
             self.teacher = make_teacher(
                 args.teacher,
@@ -219,7 +235,8 @@ class ComposerReplicationTrainer(GRPOTrainer):
         Raises:
             TrainingError: the loss is not finite; nothing is updated.
         """
-        loss = super()._compute_loss(model, inputs)
+        with self.diagnostics.watching(self):
+            loss = super()._compute_loss(model, inputs)
         if not self._is_training:
             return loss
         losses = {"grpo": loss}
@@ -229,14 +246,14 @@ class ComposerReplicationTrainer(GRPOTrainer):
         ):
             losses[name] = self._channel_loss(name, model, inputs)
             loss = loss + self.channel_weights[name] * losses[name]
-        self._record(losses, inputs)
-        if not torch.isfinite(loss):
-            values = {name: value.item() for name, value in losses.items()}
+        means = self._record(losses, inputs)
+        if not all(math.isfinite(mean) for mean in means.values()):
             raise TrainingError(
-                f"The loss of step {self.state.global_step + 1} is {loss.item()}: {values}. "
-                "Nothing was updated. Lower the learning rate, or look for nan in that channel's "
-                "rows."
+                f"The loss of step {self.state.global_step + 1} is not finite, {means} over all "
+                "processes. Nothing was updated. Lower the learning rate, or look for nan in that "
+                "channel's rows."
             )
+        self.diagnostics.measure(self, model, losses, inputs, self.teacher)
         return loss
 
     def _channel_loss(self, name: str, model: nn.Module, inputs: Inputs) -> Tensor:
@@ -269,6 +286,21 @@ class ComposerReplicationTrainer(GRPOTrainer):
         self._record_channel_metrics(part)
         return part.loss_sum * self.accelerator.num_processes / max(count, 1.0)
 
+    def _refuse_reentrant_checkpointing(self) -> None:
+        args = self._composer_args
+        kinds = cast(dict[str, object], args.gradient_checkpointing_kwargs or {})
+        if (
+            args.gradient_checkpointing
+            and kinds.get("use_reentrant")
+            and self.accelerator.num_processes > 1
+        ):
+            raise ConfigError(
+                "gradient_checkpointing_kwargs has use_reentrant = true and there are "
+                f"{self.accelerator.num_processes} processes. Each channel runs a forward of its "
+                "own, and DDP takes a parameter's gradient as whole after the first of them. Set "
+                "use_reentrant = false."
+            )
+
     def _resample(self, sites: list[HintSite]) -> list[HintSite]:
         return sample_site_actions(self, sites, self._composer_args.seed * 1_000_003 + self._step)
 
@@ -278,32 +310,40 @@ class ComposerReplicationTrainer(GRPOTrainer):
 
     # ---- metrics, files -------------------------------------------------------------------------
 
-    def _record(self, losses: Mapping[str, Tensor], inputs: Inputs) -> None:
-        """Add this micro-batch to the step's totals; log them with its last micro-batch."""
-        for name, value in losses.items():
-            mean = cast(Tensor, self.accelerator.reduce(value.detach().float(), reduction="mean"))
-            self._add_to_total(f"loss/{name}", float(mean))
+    def _record(self, losses: Mapping[str, Tensor], inputs: Inputs) -> dict[str, float]:
+        """Add this micro-batch to the step's totals; log them with its last micro-batch.
+
+        Returns:
+            The mean of each loss over the ranks: not finite on all of them where it is on one, so
+            that all stop together instead of waiting for the one that stopped.
+        """
+        local = torch.stack([value.detach().float() for value in losses.values()])
+        reduced = cast(Tensor, self.accelerator.reduce(local, reduction="mean"))
+        means = dict(zip(losses, reduced.tolist(), strict=True))
+        for name, mean in means.items():
+            self._add_to_total(f"loss/{name}", mean)
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
         sampled = cast(Tensor, self.accelerator.reduce(mask.sum().float(), reduction="sum"))
         self._add_to_total("tokens/grpo", float(sampled))
         if not self.accelerator.sync_gradients:
-            return
+            return means
         for name in self.channel_weights:
             unit = CHANNELS[name].unit
             self._channel_totals[f"{unit}/{name}"] = float(inputs[f"{name}_step_count"])
-        for name, total in self._channel_totals.items():
+        for name, total in (self._channel_totals | means_over_ranks(self._metric_sums)).items():
             self._metrics["train"][name].append(total)
-        self._channel_totals = {}
+        self._channel_totals, self._metric_sums = {}, {}
+        return means
 
     def _add_to_total(self, name: str, value: float) -> None:
         self._channel_totals[name] = self._channel_totals.get(name, 0.0) + value
 
     def _record_channel_metrics(self, part: ChannelSum) -> None:
         for name, value in part.metrics.items():
-            if math.isfinite(number := float(value)):
-                self._metrics["train"][name].append(number)
+            total, count = self._metric_sums.get(name, (0.0, 0.0))
+            self._metric_sums[name] = (total + float(value) * part.count, count + part.count)
 
     def _write_rollouts(self, inputs: list[dict[str, object]], output: Inputs) -> None:
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)

@@ -1,5 +1,6 @@
 """The collator on hand-built batches: names, shapes, masks, alignment, truncation."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from composer_replication import ComposerDataCollator, HintSite, Message, PreferencePair, StepBatch
 from composer_replication.batch.batches import Rollout
 from composer_replication.batch.collate import check_alignment
-from composer_replication.errors import AlignmentError, DataError
+from composer_replication.errors import AlignmentError, DataError, RecordTooLongError
 
 SYSTEM = Message("system", "You call tools.")
 STATE = (SYSTEM, Message("user", "Read /src/app.py."))
@@ -187,7 +188,7 @@ def test_a_hint_site_that_could_not_train_is_refused(changes, message):
     ("changes", "message"),
     [
         ({"chosen": ACTION}, "over itself"),
-        ({"rejected": ""}, "empty action"),
+        ({"rejected": ""}, "empty rejected action"),
         ({"weight": 0.0}, "must be above 0"),
         ({"weight": float("nan")}, "must be above 0"),
     ],
@@ -195,3 +196,46 @@ def test_a_hint_site_that_could_not_train_is_refused(changes, message):
 def test_a_pair_that_could_not_train_is_refused(changes, message):
     with pytest.raises(DataError, match=message):
         make_pair(**changes)
+
+
+@pytest.mark.parametrize("token", [-1, 49152])
+def test_ids_without_an_embedding_are_refused_by_name(smollm2_tokenizer, token):
+    collator = ComposerDataCollator(smollm2_tokenizer, vocab_size=49152)
+    site = dataclasses.replace(make_site(), action="", action_ids=(5, token))
+    with pytest.raises(DataError, match=rf"'s1': action_ids holds {token}, and the model's vocab"):
+        collator(StepBatch(hint_sites=(site,)))
+    site = dataclasses.replace(make_site(), state_ids=(5, token))
+    with pytest.raises(DataError, match=rf"'s1': state_ids holds {token}, and the model's vocab"):
+        collator(StepBatch(hint_sites=(site,)))
+
+
+def test_ids_beyond_the_tokenizer_are_kept_where_the_embedding_is_padded(smollm2_tokenizer):
+    collator = ComposerDataCollator(smollm2_tokenizer, vocab_size=49160)
+    site = dataclasses.replace(make_site(), action="", action_ids=(5, 49159))
+    out = collator(StepBatch(hint_sites=(site,)))
+    assert out["input_ids"][0, -2:].tolist() == [5, 49159]
+
+
+def test_action_ids_that_say_another_action_are_refused(collator, smollm2_tokenizer):
+    other = tuple(smollm2_tokenizer.encode('{"tool": "list"}', add_special_tokens=False))
+    site = dataclasses.replace(make_site(), action_ids=other)
+    with pytest.raises(AlignmentError, match=r"action_ids say '\{\"tool\": \"list\"\}'. Student"):
+        collator(StepBatch(hint_sites=(site,)))
+
+
+def test_actions_that_render_alike_are_refused_though_their_texts_differ(smollm2_tokenizer):
+    tokenizer = copy.deepcopy(smollm2_tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "message['content'] | trim"
+    )
+    pair = make_pair(chosen="read", rejected=" read ")
+    with pytest.raises(DataError, match="'p1': the chat template renders both actions as the same"):
+        ComposerDataCollator(tokenizer)(StepBatch(pairs=(pair,)))
+
+
+def test_a_row_over_the_limit_says_how_long_it_is(smollm2_tokenizer):
+    collator = ComposerDataCollator(smollm2_tokenizer, max_length=60)
+    with pytest.raises(RecordTooLongError) as caught:
+        collator.site_rows(make_site(state=LONG))
+    unlimited = ComposerDataCollator(smollm2_tokenizer).site_rows(make_site(state=LONG))
+    assert caught.value.num_tokens == len(unlimited[1].token_ids) > 60

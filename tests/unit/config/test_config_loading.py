@@ -81,6 +81,11 @@ def test_a_line_break_in_an_override_adds_no_key():
             "--set sdpo.top_k=20.",
         ),
         (
+            "alpha_sdpo=",
+            "--set 'alpha_sdpo=' gives alpha_sdpo no value. Write --set alpha_sdpo=VALUE, or leave "
+            "it out for the default.",
+        ),
+        (
             "smoke.fixed_shapes=[2,",
             "--set 'smoke.fixed_shapes=[2,': the value is not valid TOML: Invalid value (at end of "
             "document). Quote the whole of it for the shell, such as "
@@ -119,6 +124,12 @@ def test_a_folder_or_binary_file_is_refused_with_its_reason(tmp_path):
     for path in (tmp_path, binary):
         with pytest.raises(ConfigError, match=r"cannot be read as text: .*Give a TOML file\."):
             load_config(path, [])
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbfseed = 7\n")
+    assert load_config(path, []).seed == 7
 
 
 def test_invalid_toml_is_reported_with_its_line(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from composer_replication.config.loading import dump_config, load_config
+from composer_replication.config.unused_options import check_used_options
 from composer_replication.experiments import smoke_defaults
 from composer_replication.experiments.smoke_defaults import with_smoke_defaults
 
@@ -46,3 +47,22 @@ def test_the_resolved_configuration_reloads_as_it_is(on, tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(dump_config(config))
     assert load_config(path, []) == config
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize(("num_rows", "expected"), [(1, (1, 2, 2)), (2, (2, 1, 2)), (6, (6, 1, 6))])
+def test_a_fixed_shape_has_its_own_number_of_rows_in_whole_groups(on, kind, num_rows, expected):
+    on(kind)
+    config = with_smoke_defaults(load_config(None, [f"smoke.fixed_shapes=[{num_rows}, 2048]"]))
+    rows = config.grpo["per_device_train_batch_size"]
+    steps = config.grpo.get("gradient_accumulation_steps", 1)
+    assert (rows, steps, config.grpo["num_generations"]) == expected
+    assert check_used_options(config) == []
+
+
+@pytest.mark.parametrize(
+    "options", [["beta_replay=0"], ["rollout.reward=package.module:score"], ["alpha_sdpo=0"]]
+)
+def test_no_default_is_put_where_this_run_would_ignore_it(on, options):
+    on("cuda")
+    assert check_used_options(with_smoke_defaults(load_config(None, options))) == []

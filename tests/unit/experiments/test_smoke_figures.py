@@ -1,12 +1,8 @@
-"""Verdicts, percentiles and the time budget of a smoke."""
-
-import time
-from types import SimpleNamespace
+"""Verdicts and figures that follow from the rows of a run alone."""
 
 import pytest
 
 from composer_replication.experiments.run_figures import channel_checks, channel_figures, percentile
-from composer_replication.experiments.smoke import MIN_STEPS, TimeBudget
 
 LIVE = {
     "tokens/grpo": 100.0, "reward_std": 0.1, "loss/grpo": 0.0,
@@ -45,18 +41,3 @@ def test_the_percentile_is_a_measured_value():
     assert percentile([5.0, 1.0, 4.0, 2.0, 3.0], 0.95) == 5.0
     assert percentile([1.0, 2.0], 0.5) == 2.0
     assert percentile([7.0], 0.95) == 7.0
-
-
-@pytest.mark.parametrize(
-    ("budget_s", "step", "stops"),
-    [(1000.0, MIN_STEPS + 5, False), (0.0, MIN_STEPS - 1, False), (0.0, MIN_STEPS, True)],
-)
-def test_the_time_budget_stops_before_a_step_that_would_not_fit_but_never_before_the_minimum(
-    budget_s, step, stops
-):
-    budget = TimeBudget(budget_s)
-    control = SimpleNamespace(should_training_stop=False)
-    budget.on_train_begin(None, None, control)
-    time.sleep(0.001)
-    budget.on_step_end(None, SimpleNamespace(global_step=step), control)
-    assert control.should_training_stop is stops

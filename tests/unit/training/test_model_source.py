@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants
-from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM, T5Config, ViTConfig
 
 from composer_replication.errors import MissingDependencyError, ModelError
@@ -376,10 +376,79 @@ def test_a_hub_model_is_refused_before_its_weights_are_downloaded(local_hub: Loc
     assert set(local_hub.asked) == {"/", "/owner/t5/resolve/main/config.json"}
 
 
-def test_unreadable_weights_keep_their_own_error(model_dir: Path) -> None:
+def test_unreadable_weights_are_found_when_they_are_read(model_dir: Path) -> None:
     check_model_spec(str(model_dir))
-    with pytest.raises(SafetensorError):
+    with pytest.raises(
+        ModelError, match=r"its weights cannot be read \(.*download the model again"
+    ):
         load_model(str(model_dir))
+
+
+def edited_weights(
+    model_dir: Path, tiny_model_dir: Path, edit: Callable[[dict[str, torch.Tensor]], object]
+) -> str:
+    """The error text of the tiny model with other weights."""
+    weights = load_file(tiny_model_dir / "model.safetensors")
+    edit(weights)
+    save_file(weights, model_dir / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError) as caught:
+        load_model(str(model_dir))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    model_dir: Path, tiny_model_dir: Path, value: float
+) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def poison(weights: dict[str, torch.Tensor]) -> None:
+        weights[name][3, 5] = value
+
+    assert edited_weights(model_dir, tiny_model_dir, poison) == (
+        f"{model_dir}: the weight {name} has 1 of 8192 values that are nan or infinite, so every "
+        "loss would be. Take the weights from before the training that broke them, or download "
+        "them again."
+    )
+
+
+def test_weights_of_another_vocabulary_are_refused_by_name_and_shape(
+    model_dir: Path, tiny_model_dir: Path
+) -> None:
+    def shrink(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:-5].clone()
+
+    assert edited_weights(model_dir, tiny_model_dir, shrink) == (
+        f"{model_dir}: the weight model.embed_tokens.weight has the shape (49147, 64) and "
+        "config.json asks for (49152, 64), so it would be left random. Give the config.json that "
+        "belongs to these weights."
+    )
+
+
+def test_weights_that_would_be_left_random_are_refused(
+    model_dir: Path, tiny_model_dir: Path
+) -> None:
+    text = edited_weights(
+        model_dir, tiny_model_dir, lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight")
+    )
+    assert text.startswith(
+        f"{model_dir} lacks 1 of the weights that its config.json asks for, such"
+    )
+
+
+def test_quantised_weights_are_refused_before_they_are_read(model_dir: Path) -> None:
+    edit_json(model_dir / "config.json", quantization_config={"quant_method": "awq"})
+    assert refusal(model_dir) == (
+        f"{model_dir} holds quantised weights (awq), which no optimizer step can change. Give the "
+        "repository of the full weights; [lora] trains an adapter on them in bf16."
+    )
+
+
+def test_a_config_with_an_impossible_value_is_refused(model_dir: Path) -> None:
+    edit_json(model_dir / "config.json", num_attention_heads=3)
+    text = refusal(model_dir)
+    assert "describes no model that transformers can build" in text
+    assert "is not a multiple of the number of attention heads (3)" in text
 
 
 def test_a_missing_embedded_package_is_told_by_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
