@@ -70,7 +70,7 @@ VOLATILE = {"peak_gib", "cost_usd"}
 class EvenLetters:
     """Rewards the share of characters with an even code; every first action is an error turn."""
 
-    def reset(self, **row: object) -> None:
+    def reset(self, **row: object) -> None:  # noqa: ARG002
         """Start an episode."""
         self.reward = 0.0
         self.num_actions = 0
