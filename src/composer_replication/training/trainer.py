@@ -19,17 +19,18 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from composer_replication.batch.collate import ComposerDataCollator
-from composer_replication.errors import ConfigError, TrainingError
+from composer_replication.errors import ConfigError
 from composer_replication.runs.checkpoint_folders import staging_folder
 from composer_replication.runs.rollout_files import write_rollouts
 from composer_replication.step.channels import CHANNELS, ChannelSum
-from composer_replication.step.hidden_states import check_output_head
+from composer_replication.step.hidden_states import causal_lm, check_output_head
 from composer_replication.step.optimizer_step import channel_sums
 from composer_replication.traces.hints import HintSite
 from composer_replication.traces.pairs import PreferencePair
 from composer_replication.training.channel_plan import MicroBatch, scheduled
 from composer_replication.training.channel_weights import channel_weights
 from composer_replication.training.composer_config import ComposerConfig
+from composer_replication.training.finite_checks import check_gradient_norm, non_finite_loss
 from composer_replication.training.generation_plan import GenerationPlanner
 from composer_replication.training.metrics import StepClock, means_over_ranks
 from composer_replication.training.record_loader import hint_sites_from, pairs_from
@@ -132,6 +133,7 @@ class ComposerReplicationTrainer(GRPOTrainer):
             hint_placement=args.hint_placement,
             max_length=args.max_context_tokens,
             truncation=args.truncation,
+            vocab_size=causal_lm(policy).config.get_text_config().vocab_size,
         )
         self.step_settings = args.step_settings()
         self.teacher: Teacher | None = None
@@ -248,13 +250,18 @@ class ComposerReplicationTrainer(GRPOTrainer):
             loss = loss + self.channel_weights[name] * losses[name]
         means = self._record(losses, inputs)
         if not all(math.isfinite(mean) for mean in means.values()):
-            raise TrainingError(
-                f"The loss of step {self.state.global_step + 1} is not finite, {means} over all "
-                "processes. Nothing was updated. Lower the learning rate, or look for nan in that "
-                "channel's rows."
-            )
+            raise non_finite_loss(means, inputs, self.state.global_step + 1)
         self.diagnostics.measure(self, model, losses, inputs, self.teacher)
         return loss
+
+    def _get_grad_norm(
+        self, model: nn.Module, grad_norm: Tensor | float | None = None
+    ) -> Tensor | float | None:
+        """The norm before clipping; one that is not finite never reaches the optimizer."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        has_loss_scaling = self.accelerator.scaler is not None
+        check_gradient_norm(norm, self.state.global_step + 1, has_loss_scaling=has_loss_scaling)
+        return norm
 
     def _channel_loss(self, name: str, model: nn.Module, inputs: Inputs) -> Tensor:
         if name == "sdpo":

@@ -1,7 +1,8 @@
 """The one door to TRL: what we subclass and call, pinned in `tests/contract/test_trl_hooks.py`.
 
 Overridden: `__init__`, `_prepare_inputs`, `_generate_and_score_completions`, `_compute_loss`,
-`_save_checkpoint`, `_load_from_checkpoint`, `_get_output_dir`, `_get_train_sampler`. Called:
+`_save_checkpoint`, `_load_from_checkpoint`, `_get_output_dir`, `_get_train_sampler`,
+`_get_grad_norm`. Called:
 `_generate_single_turn`. Watched: `_get_per_token_logps_and_entropies`. Kept in checkpoints:
 `_step`, `_buffered_inputs`.
 """

@@ -212,7 +212,7 @@ def test_a_grpo_config_keeps_its_own_values(tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(build, tiny_llama):
     trainer = build(max_steps=1)
     trainer._compute_trace_replay_loss = lambda model, inputs: torch.tensor(float("nan"))
-    with pytest.raises(TrainingError, match="'dpo': nan"):
+    with pytest.raises(TrainingError, match="not finite in dpo"):
         trainer.train()
     for after, before in zip(trainer.model.parameters(), tiny_llama().parameters(), strict=True):
         assert torch.equal(after, before)
@@ -246,3 +246,14 @@ def test_under_lora_only_the_adapter_trains_and_the_base_is_teacher_and_referenc
     with trainer.teacher.open() as teacher:
         assert teacher is trainer.model
     assert trainer.teacher.state() == {}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(build, value):
+    trainer = build()
+    weight = trainer.model.get_input_embeddings().weight
+    weight.register_hook(lambda gradient: torch.full_like(gradient, value))
+    before = weight.detach().clone()
+    with pytest.raises(TrainingError, match="The gradient norm of step 1 is"):
+        trainer.train()
+    assert torch.equal(weight, before)
