@@ -1,0 +1,34 @@
+"""The planted flaws fit today's source, and the stored results are of exactly these flaws."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+sys.path.insert(0, str(ROOT / "bench"))
+flaw_mutants = importlib.import_module("flaw_mutants")
+
+TITLES, MUTANTS = flaw_mutants.load_flaws()
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_planted_flaw_fits_the_source_and_leaves_it_python(mutant, tmp_path):
+    for patch in mutant.patches:
+        path = tmp_path / patch.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text((ROOT / patch.file).read_text())
+    flaw_mutants.plant(tmp_path, mutant)
+    for patch in mutant.patches:
+        planted = (tmp_path / patch.file).read_text()
+        assert planted != (ROOT / patch.file).read_text()
+        compile(planted, patch.file, "exec")
+
+
+def test_every_flaw_has_a_mutant_and_every_mutant_a_test_that_must_fail():
+    assert list(TITLES) == list(range(1, 16))
+    assert {mutant.flaw for mutant in MUTANTS} == TITLES.keys()
+    assert all(mutant.tests for mutant in MUTANTS)
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
