@@ -1,12 +1,15 @@
 """Write docs/configuration.md from docstrings and docs/measurements.md from bench results.
 
-python bench/render_docs.py          # writes both; a test compares them with what this gives
+Also the table of planted flaws in docs/checks.md, between its two marks.
+
+python bench/render_docs.py          # writes all; a test compares them with what this gives
 """
 
 import json
 from pathlib import Path
 from typing import get_args
 
+from flaw_mutants import ERROR, load_flaws
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -14,6 +17,9 @@ from composer_replication.config.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+
+FLAWS_BEGIN = "<!-- flaws: written by bench/render_docs.py -->"
+FLAWS_END = "<!-- flaws: end -->"
 
 
 def section_class(field: FieldInfo) -> type[BaseModel] | None:
@@ -166,8 +172,54 @@ def measurements() -> str:
     return "\n".join([*head, *smoke_lines(), *base_rate_lines(), *fused_lines()]) + "\n"
 
 
+def flaw_lines() -> list[str]:
+    """A table for each flaw: what was planted where, and which test and smoke check caught it."""
+    titles, _ = load_flaws()
+    rows = result("flaw_mutants")["mutants"]
+    num_seen = sum(bool(row["smoke"]) for row in rows)
+    lines = [
+        "",
+        f"{len(rows)} mutants of {len(titles)} flaws: each was caught by every test beside it, and "
+        f"{num_seen} by the smoke.",
+    ]
+    for number, title in titles.items():
+        lines += [
+            "",
+            f"**{number}. {title}**",
+            "",
+            "| planted | where | tests that fail | smoke |",
+            "| --- | --- | --- | --- |",
+            *(flaw_row(row) for row in rows if row["flaw"] == number),
+        ]
+    return lines
+
+
+def flaw_row(row: dict) -> str:
+    """One mutant's line of the table."""
+    files = [file.removeprefix("src/composer_replication/") for file in row["files"]]
+    tests = [test.partition("::")[2] for test in row["tests"]]
+    checks = ["stops with an error" if c.startswith(ERROR) else f"`{c}`" for c in row["smoke"]]
+    is_of_the_tests = all(file.startswith("tests/") for file in files)
+    cells = [
+        row["planted"],
+        ", ".join(f"`{file}`" for file in files),
+        ", ".join(f"`{test}`" for test in tests),
+        "" if is_of_the_tests else ", ".join(checks) or "passes",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def checks(page: str) -> str:
+    """docs/checks.md with the table of flaws of the stored results."""
+    before, rest = page.split(FLAWS_BEGIN)
+    _, after = rest.split(FLAWS_END)
+    return before + "\n".join([FLAWS_BEGIN, *flaw_lines(), "", FLAWS_END]) + after
+
+
 def main() -> None:
-    """Write both pages."""
+    """Write the pages."""
+    page = ROOT / "docs" / "checks.md"
+    page.write_text(checks(page.read_text()))
     (ROOT / "docs" / "configuration.md").write_text(configuration())
     (ROOT / "docs" / "measurements.md").write_text(measurements())
 

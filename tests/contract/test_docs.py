@@ -47,6 +47,11 @@ def test_every_figure_of_the_measurements_page_comes_from_a_stored_result():
     assert (ROOT / "docs/measurements.md").read_text() == render_docs.measurements()
 
 
+def test_the_table_of_planted_flaws_is_what_the_stored_results_say():
+    page = (ROOT / "docs/checks.md").read_text()
+    assert page == render_docs.checks(page)
+
+
 @pytest.mark.parametrize("command", OURS)
 def test_a_documented_command_is_one_the_program_takes(command):
     arguments = shlex.split(command)[1:]

@@ -1,6 +1,7 @@
 """The planted flaws fit today's source, and the stored results are of exactly these flaws."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -32,3 +33,14 @@ def test_every_flaw_has_a_mutant_and_every_mutant_a_test_that_must_fail():
     assert {mutant.flaw for mutant in MUTANTS} == TITLES.keys()
     assert all(mutant.tests for mutant in MUTANTS)
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+
+
+def test_the_stored_results_are_of_these_flaws_and_none_was_missed():
+    rows = json.loads(flaw_mutants.RESULTS.read_text())["mutants"]
+    assert [row["name"] for row in rows] == [mutant.name for mutant in MUTANTS]
+    for row, mutant in zip(rows, MUTANTS, strict=True):
+        assert row["missed"] == {}
+        assert row["planted"] == mutant.planted
+        assert row["tests"] == list(mutant.tests)
+        assert row["files"] == sorted({patch.file for patch in mutant.patches})
+        assert set(mutant.smoke) <= set(row["smoke"])

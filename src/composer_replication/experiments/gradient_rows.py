@@ -1,5 +1,8 @@
 """`gradient_rows`: SDPO moves the rows that predict an error turn's tokens, and nothing else.
 
+At a few of them the gradient must be that of the divergence from the teacher's row of the same
+token, computed anew from the definition.
+
 The rows come from the site's own token ids; the gradient is read at the policy's final hidden
 states, in the trainer's own loss. Letters: N hint sites, T tokens of a row, H hidden.
 """
@@ -20,13 +23,16 @@ from composer_replication.experiments.channel_probe import (
     policy_of,
     undisturbed,
 )
+from composer_replication.experiments.plain_divergence import TOLERANCE, plain_gradient
 from composer_replication.experiments.token_alignment import SiteIds, site_ids
 from composer_replication.runs.summary import Check
-from composer_replication.step.hidden_states import causal_lm
+from composer_replication.step.hidden_states import causal_lm, output_head
 from composer_replication.traces.hints import HintSite
 from composer_replication.training.trainer import ComposerReplicationTrainer
 
 NAME = "gradient_rows"
+MAX_COMPARED = 4
+"""Tokens whose gradient is computed anew; each needs its full logits twice."""
 
 
 @dataclass(slots=True)
@@ -63,12 +69,65 @@ def check_gradient_rows(
             hit = int((moved_NT & expected_NT).sum())
             stray = int((moved_NT & ~expected_NT).sum())
             problem = _row_problem(gradient, moved_NT, expected_NT)
+        if not problem:
+            problem = _value_problem(trainer, inputs, scored, ids, expected_NT)
     return Check(
         NAME,
         passed=problem is None,
         value=f"{hit} action rows, {stray} other rows",
         bound=f"all {int(expected_NT.sum())} action rows, 0 other rows, nothing in the teacher",
         cause=problem,
+    )
+
+
+def _value_problem(
+    trainer: ComposerReplicationTrainer,
+    inputs: Inputs,
+    scored: _Scored,
+    sites: Sequence[SiteIds],
+    expected_NT: Bool[Tensor, "N T"],
+) -> str | None:
+    """Where the gradient at an action token is not that of its divergence from the teacher."""
+    settings = trainer.step_settings.sdpo
+    if settings.clip == "entry":
+        return None
+    assert trainer.teacher is not None
+    teacher_lengths = inputs["ctx_teacher_attention_mask"].sum(1).tolist()
+    teacher_rows = [
+        (row, int(length) - len(site.action) - 1 + offset)
+        for row, (site, length) in enumerate(zip(sites, teacher_lengths, strict=True))
+        for offset in range(len(site.action))
+    ]
+    num_rows = min(MAX_COMPARED, len(teacher_rows))
+    chosen = [index * len(teacher_rows) // num_rows for index in range(num_rows)]
+    student_at = expected_NT.nonzero()[chosen].unbind(1)
+    teacher_at = torch.tensor(teacher_rows, device=expected_NT.device)[chosen].unbind(1)
+    gradient = cast(Tensor, scored.student[-1].grad)[student_at].float()
+    with trainer.teacher.open() as model:
+        plain = plain_gradient(
+            scored.student[-1][student_at],
+            output_head(policy_of(trainer)),
+            scored.teacher[-1][teacher_at],
+            output_head(model),
+            settings,
+        )
+    # Whatever accelerate multiplies a loss with, it multiplies this 1 with.
+    unit = torch.ones((), device=gradient.device, requires_grad=True)
+    trainer.accelerator.backward(unit * 1.0)
+    scale = float(cast(Tensor, unit.grad)) * trainer.accelerator.num_processes
+    num_tokens = float(inputs["sdpo_step_count"])
+    if trainer.accelerator.num_processes * trainer.args.gradient_accumulation_steps == 1:
+        # This batch is the whole step, so its sites say what the count must be.
+        num_tokens = float(len(teacher_rows))
+    plain = plain * scale / num_tokens
+    error = float((gradient - plain).norm() / plain.norm())
+    if error <= TOLERANCE:
+        return None
+    return (
+        f"At the action tokens SDPO's gradient is {error:.0%} away from that of the divergence "
+        "between the student's row and the teacher's row of the same token. Another row of the "
+        "teacher is read, or the divergence or its gradient is not what [sdpo] asks for. Look at "
+        "step/separate.py, score_hint_sites, and at losses/divergence.py."
     )
 
 

@@ -14,6 +14,7 @@ from composer_replication.experiments.channel_probe import (
     record_inputs,
 )
 from composer_replication.runs.summary import Check
+from composer_replication.step.channels import CHANNELS
 from composer_replication.step.hidden_states import in_eval_mode
 from composer_replication.traces.hints import HintSite
 from composer_replication.training.trainer import ComposerReplicationTrainer
@@ -78,6 +79,9 @@ def check_hint_effect(trainer: ComposerReplicationTrainer, sites: Sequence[HintS
     tokenize = trainer.collator.tokenizer
     ordered = sorted(sites, key=lambda site: len(tokenize(site.hint)["input_ids"]), reverse=True)
     site, others = ordered[0], ordered[1 : 1 + MAX_OTHERS]
+    if CHANNELS["sdpo"].count(record_inputs(trainer, [site])) == 0:
+        cause = f"The collator gives no action token for hint site {site.source!r}."
+        return Check(NAME, passed=False, value=0, bound="> 0", cause=cause)
     with in_eval_mode(policy_of(trainer)):
         problem = _row_problem(trainer, site, others[0].hint)
         found = _divergences(trainer, site, [other.hint for other in others])

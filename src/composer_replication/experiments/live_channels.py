@@ -66,6 +66,7 @@ def check_channels(
     *,
     largest_advantage: float,
     alternates: bool,
+    asked: Mapping[str, float] | None = None,
 ) -> list[Check]:
     """The verdict of GRPO and of each extra channel.
 
@@ -75,21 +76,29 @@ def check_channels(
         gradients: by channel, `grpo` included.
         largest_advantage: of any rollout in the run, in absolute value.
         alternates: the extra channels took turns.
+        asked: the weights in the run's configuration; None: `weights`.
     """
+    asked = weights if asked is None else asked
     causes: dict[str, str] = {}
+    for name in weights.keys() | asked.keys():
+        if weights.get(name) != asked.get(name):
+            causes[name] = (
+                f"The configuration gives {name} the weight {asked.get(name, 0.0)} and the trainer "
+                f"{weights.get(name, 0.0)}. Look at training/channel_weights.py."
+            )
     for name in ("grpo", *weights):
         signal = largest_advantage if name == "grpo" else channel_signal(rows, name)
         cause = row_problem(rows, name, signal) or missing_rows(
             rows, name, list(weights), alternates=alternates
         )
         if cause:
-            causes[name] = cause
+            causes.setdefault(name, cause)
     # A sum with a missing or infinite part would blame the wrong channel.
     causes = causes or _wrong_sum(rows, weights)
     for name in ("grpo", *weights):
         cause = causes.get(name) or _gradient_problem(name, gradients.get(name))
         if cause:
-            causes[name] = cause
+            causes.setdefault(name, cause)
     norms = {name: gradient.norm for name, gradient in gradients.items()}
     return [
         Check(
@@ -99,7 +108,7 @@ def check_channels(
             bound="gradient norm > 0",
             cause=causes.get(name),
         )
-        for name in ("grpo", *weights)
+        for name in dict.fromkeys(("grpo", *weights, *asked))
     ]
 
 

@@ -29,7 +29,13 @@ class RandomStates:
         return cls(
             torch_cpu=_to_bytes(torch.get_rng_state()),
             cuda=tuple(_to_bytes(state) for state in devices),
-            numpy=(str(kind), np.asarray(keys).tobytes(), int(position), int(has_gauss), cached),
+            numpy=(
+                str(kind),
+                np.asarray(keys).tobytes(),
+                int(position),
+                int(has_gauss),
+                float(cached),
+            ),
             python=random.getstate(),
         )
 
@@ -38,8 +44,9 @@ class RandomStates:
         torch.set_rng_state(_to_tensor(self.torch_cpu))
         if self.cuda:
             torch.cuda.set_rng_state_all([_to_tensor(state) for state in self.cuda])
-        kind, keys, *rest = self.numpy
-        np.random.set_state((kind, np.frombuffer(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+        kind, keys, position, has_gauss, cached = self.numpy
+        words = np.frombuffer(keys, dtype=np.uint32)
+        np.random.set_state((kind, words, position, has_gauss, cached))  # noqa: NPY002
         random.setstate(self.python)
 
 

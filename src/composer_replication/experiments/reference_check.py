@@ -7,10 +7,14 @@ first: same rows, same shape, same kernels. What is left is then no rounding but
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from torch import nn
+from torch.nn.functional import logsigmoid
 
 from composer_replication.experiments.channel_probe import (
+    Inputs,
     channel_loss,
     computes_in_fp32,
     policy_of,
@@ -26,7 +30,10 @@ NAME = "dpo_reference"
 FP32_BOUND = 1e-5
 SPREADS_IN_BF16 = 10
 MAX_BATCHES = 4
-"""Batches scored again, spread over all: each costs two forwards of its rows."""
+"""Batches scored again, spread over all: each costs six forwards of its rows."""
+SHIFT_NATS = 10.0
+"""References lowered by it must move the loss as the formula says: a loss that compares the policy
+with itself is log 2 whatever the references are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +43,15 @@ class _Deviation:
     loss: float
     expected_loss: float
     margin: float
+    shifted: float
+    """Loss with the chosen actions' references lowered, less what it must be there."""
     nats: float
     """Largest difference of one action's log-prob between the policy and its stored reference."""
     source: str
 
     def worst(self, dpo_beta: float) -> float:
         """The largest of all, in units of the loss; nan where one is not a number."""
-        parts = (self.loss - self.expected_loss, self.margin, dpo_beta * self.nats)
+        parts = (self.loss - self.expected_loss, self.margin, self.shifted, dpo_beta * self.nats)
         return math.nan if any(map(math.isnan, parts)) else max(map(abs, parts))
 
 
@@ -77,7 +86,8 @@ def evenly_spread(positions: Sequence[int], num_wanted: int) -> list[int]:
 
 
 def _deviation(trainer: ComposerReplicationTrainer, pairs: Sequence[PreferencePair]) -> _Deviation:
-    loss = float(channel_loss(trainer, "dpo", record_inputs(trainer, pairs=pairs)))
+    inputs = record_inputs(trainer, pairs=pairs)
+    loss = float(channel_loss(trainer, "dpo", inputs))
     sides = zip(_action_nats(trainer, pairs), _stored_nats(pairs), strict=True)
     ratios = [scored - stored for scored, stored in sides]
     chosen, rejected = ratios[: len(pairs)], ratios[len(pairs) :]
@@ -87,9 +97,24 @@ def _deviation(trainer: ComposerReplicationTrainer, pairs: Sequence[PreferencePa
         loss=loss,
         expected_loss=math.log(2) * sum(pair.weight for pair in pairs) / len(pairs),
         margin=trainer._composer_args.dpo_beta * max(margins, key=_nan_first),
+        shifted=_shifted_deviation(trainer, inputs),
         nats=abs(worst),
         source=pairs[ratios.index(worst) % len(pairs)].source,
     )
+
+
+def _shifted_deviation(trainer: ComposerReplicationTrainer, inputs: Inputs) -> float:
+    """The loss less the formula's where each chosen action gained `SHIFT_NATS` on its reference."""
+    settings = trainer.step_settings.dpo
+    reference = inputs["dpo_chosen_ref_logprobs"]
+    lowered = reference - SHIFT_NATS
+    # What is left of the shift after rounding, so that long actions keep the tight bound.
+    margins = settings.beta * (reference.double() - lowered.double())
+    expected = -(1 - settings.label_smoothing) * logsigmoid(margins)
+    expected = expected - settings.label_smoothing * logsigmoid(-margins)
+    expected = (inputs["dpo_pair_weights"].double() * expected).mean()
+    loss = channel_loss(trainer, "dpo", {**inputs, "dpo_chosen_ref_logprobs": lowered})
+    return float(loss.double() - expected)
 
 
 def _action_nats(
@@ -98,7 +123,7 @@ def _action_nats(
     """Log-probs of the chosen actions and then of the rejected ones, in one batch each."""
     inputs = record_inputs(trainer, pairs=pairs)
     with trainer.compute_loss_context_manager():
-        model = trainer.model_wrapped
+        model = cast(nn.Module, trainer.model_wrapped)
         chosen = score_actions(model, inputs, "dpo_chosen")
         rejected = score_actions(model, inputs, "dpo_rejected")
     return [*chosen.tolist(), *rejected.tolist()]
@@ -130,6 +155,13 @@ def _cause(worst: _Deviation, bound_nats: float, cache: str | None) -> str:
             f"starts at {worst.loss:.4g} instead of {worst.expected_loss:.4g}. The references were "
             "made up, or scored by another model, template or precision. Delete the cache "
             f"{cache}; if it fails again, look at how the references are scored."
+        )
+    if abs(worst.loss - worst.expected_loss) < abs(worst.shifted):
+        return (
+            f"DPO is log 2 at the reference, and {abs(worst.shifted):.4g} away from its formula "
+            f"when every chosen action's reference is lowered by {SHIFT_NATS:g} nats. The loss "
+            "does not read the stored references, or not with dpo.beta and dpo.label_smoothing: "
+            "look at step/channels.py and losses/dpo.py."
         )
     return (
         f"The stored references are the policy's own log-probs, and still DPO is {worst.loss:.6g} "

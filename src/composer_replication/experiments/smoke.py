@@ -168,7 +168,12 @@ def _build(parts: RunParts, loaded: LoadedModel, run: RunDirectory, console: Con
     parts.notes.extend(notes_on_checks(trainer.channel_weights, asked_steps=config.steps))
     for note in parts.notes:
         console.print(f"note {note}", highlight=False, soft_wrap=True)
-    return _Smoke(loaded.label, trainer, metrics, last_steps, SmokeChecks(trainer))
+    weights = parts.config.channels | {
+        "sdpo": parts.config.alpha_sdpo,
+        "dpo": parts.config.beta_replay,
+    }
+    checks = SmokeChecks(trainer, {name: weight for name, weight in weights.items() if weight > 0})
+    return _Smoke(loaded.label, trainer, metrics, last_steps, checks)
 
 
 def _extra_steps(

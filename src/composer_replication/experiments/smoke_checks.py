@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from composer_replication.experiments import gradient_rows, token_alignment
 from composer_replication.experiments.channel_probe import Inputs, record_inputs, trainable
-from composer_replication.experiments.gradient_rows import check_gradient_rows
 from composer_replication.experiments.live_channels import check_channels, own_gradients
 from composer_replication.experiments.start_checks import StartChecks
-from composer_replication.experiments.token_alignment import check_token_alignment
 from composer_replication.experiments.trained_batches import TrainedBatches
 from composer_replication.experiments.trl_parity import check_parity
 from composer_replication.runs.summary import Check
+from composer_replication.step.channels import CHANNELS
 from composer_replication.traces.hints import HintSite
 from composer_replication.training.metrics import MetricsRow
 from composer_replication.training.trainer import ComposerReplicationTrainer
@@ -26,8 +26,18 @@ class SmokeChecks:
         seconds: spent on checks so far, before the first step and after the last.
     """
 
-    def __init__(self, trainer: ComposerReplicationTrainer) -> None:
+    def __init__(
+        self, trainer: ComposerReplicationTrainer, asked: Mapping[str, float] | None = None
+    ) -> None:
+        """Keep what the start looks like.
+
+        Args:
+            trainer: not yet trained.
+            asked: weights of the extra channels that the configuration turns on; None: the
+                trainer's own.
+        """
         self._trainer = trainer
+        self._asked = asked
         self._start = StartChecks(trainer)
         self._batches = TrainedBatches(trainer)
         self._before = _fingerprint(trainer)
@@ -55,14 +65,24 @@ class SmokeChecks:
             {"grpo": grpo, **own_gradients(trainer, batches)},
             largest_advantage=batches.largest_advantage,
             alternates=trainer._composer_args.channel_schedule == "alternate",
+            asked=self._asked,
         )
         rows_checks: list[Check] = []
         if "sdpo" in trainer.channel_weights:
-            inputs, sites = self._hinted_batch()
-            rows_checks.append(check_gradient_rows(trainer, inputs, sites))
-            rows_checks.append(check_token_alignment(trainer, inputs, sites))
+            rows_checks = self._judge_rows()
         self._judged_s = time.perf_counter() - started_s
         return [*channels, moved, *self._start.checks, *rows_checks, parity]
+
+    def _judge_rows(self) -> list[Check]:
+        inputs, sites = self._hinted_batch()
+        if CHANNELS["sdpo"].count(inputs) == 0:
+            cause = "The collator gives no action token for a hint site: no sdpo_student_index."
+            names = (gradient_rows.NAME, token_alignment.NAME)
+            return [Check(name, passed=False, value=0, bound="> 0", cause=cause) for name in names]
+        return [
+            gradient_rows.check_gradient_rows(self._trainer, inputs, sites),
+            token_alignment.check_token_alignment(self._trainer, inputs, sites),
+        ]
 
     def _hinted_batch(self) -> tuple[Inputs, Sequence[HintSite]]:
         """The last hint sites that were trained on; the run's own where none ever were."""

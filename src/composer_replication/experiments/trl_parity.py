@@ -24,6 +24,8 @@ from composer_replication.experiments.live_channels import OwnGradient
 from composer_replication.experiments.random_states import RandomStates
 from composer_replication.experiments.trained_batches import few_rows
 from composer_replication.runs.summary import Check
+from composer_replication.step.channels import CHANNELS
+from composer_replication.training.channel_weights import channel_weights
 from composer_replication.training.trainer import ComposerReplicationTrainer
 from composer_replication.training.trl_hooks import GRPOTrainer
 
@@ -61,7 +63,7 @@ def check_parity(trainer: ComposerReplicationTrainer, inputs: Inputs) -> tuple[C
     inputs = few_rows(inputs, MAX_ROWS)
     theirs = _trl_part(trainer)
     with undisturbed(trainer):
-        trainer.channel_weights = {}
+        trainer.channel_weights = _weights_of_0(trainer)
         policy_of(trainer).train()
         difference, norm = _difference(trainer, theirs, trainer.compute_loss, inputs)
         bound = 0.0
@@ -74,10 +76,18 @@ def check_parity(trainer: ComposerReplicationTrainer, inputs: Inputs) -> tuple[C
     return check, OwnGradient(norm)
 
 
+def _weights_of_0(trainer: ComposerReplicationTrainer) -> dict[str, float]:
+    """What the trainer makes of weights of 0; a channel that is left on shows in the loss."""
+    args = copy.copy(trainer._composer_args)
+    args.alpha_sdpo, args.beta_replay, args.channel_weights = 0.0, 0.0, {}
+    data = {CHANNELS[name].data for name in trainer.channel_weights}
+    return channel_weights(args, has_hint_sites="hint_sites" in data, has_pairs="pairs" in data)
+
+
 def _trl_part(trainer: ComposerReplicationTrainer) -> Callable[[nn.Module, Inputs], Tensor]:
     """TRL's own loss on the same model: the same trainer, as an object of TRL's class."""
     plain = copy.copy(trainer)
-    plain.__class__ = GRPOTrainer
+    plain.__class__ = GRPOTrainer  # pyright: ignore[reportAttributeAccessIssue]
     return cast(Callable[[nn.Module, Inputs], Tensor], plain.compute_loss)
 
 

@@ -12,6 +12,7 @@ from planted_faults import plant
 from composer_replication.batch import collate, render
 from composer_replication.cli import main
 from composer_replication.config.loading import load_config
+from composer_replication.experiments import trl_parity
 from composer_replication.experiments.quiet_libraries import quiet_libraries, without_printed_logs
 from composer_replication.experiments.smoke_checks import SmokeChecks
 from composer_replication.experiments.trainer_setup import (
@@ -20,8 +21,9 @@ from composer_replication.experiments.trainer_setup import (
     load_run_model,
     prepare,
 )
+from composer_replication.losses import divergence
 from composer_replication.runs.run_directory import RunDirectory
-from composer_replication.step import separate
+from composer_replication.step import channels, separate
 from composer_replication.training import references, resume_state, trainer
 from composer_replication.training.metrics import StepMetricsCallback
 from composer_replication.training.trainer import ComposerReplicationTrainer
@@ -292,3 +294,40 @@ def test_a_checkpoint_that_cannot_be_read_is_the_resumes_verdict(smoke, monkeypa
 
     monkeypatch.setattr(resume_state, "load_file", refuse)
     assert "OSError: the file is gone" in failed(smoke(), "resume")["resume"]
+
+
+def test_a_channel_that_was_asked_for_and_is_not_weighed_is_found(smoke, monkeypatch):
+    plant(monkeypatch, trainer, "channel_weights", "if weight > 0}", "if weight > 0.06}")
+    causes = failed(smoke(), "channels_live/dpo")
+    assert "gives dpo the weight 0.05 and the trainer 0.0" in causes["channels_live/dpo"]
+
+
+def test_a_weight_of_0_that_becomes_the_default_is_found(judge, monkeypatch):
+    old = "given if given is not None else default"
+    plant(monkeypatch, trl_parity, "channel_weights", old, "given if given else default")
+    failed(judge(), "zero_weight_parity")
+
+
+def test_references_that_the_loss_never_reads_are_found_though_it_is_log_2(judge, monkeypatch):
+    old, new = "_single(ref_chosen_logp.detach())", "_single(policy_chosen_logp.detach())"
+    plant(monkeypatch, channels, "dpo_loss", old, new)
+    causes = failed(judge(), "dpo_reference")
+    assert "does not read the stored references" in causes["dpo_reference"]
+
+
+def test_a_teacher_that_is_read_at_the_students_positions_is_found(judge, monkeypatch):
+    old, new = 'tensors["sdpo_teacher_index"]', 'tensors["sdpo_student_index"]'
+    plant(monkeypatch, separate, "score_hint_sites", old, new)
+    assert "Another row of the teacher" in failed(judge(), "gradient_rows")["gradient_rows"]
+
+
+def test_a_divergence_whose_gradient_lacks_a_factor_is_found(judge, monkeypatch):
+    plant(monkeypatch, divergence, "_mixture_terms_", ".mul_(beta - 1)", ".neg_()")
+    assert "100% away" in failed(judge(), "gradient_rows")["gradient_rows"]
+
+
+def test_a_collator_without_index_lists_fails_every_check_of_sdpo_in_words(judge, monkeypatch):
+    old = '"sdpo_student_index": student_index,'
+    plant(monkeypatch, collate.ComposerDataCollator, "_collate_sites", old, "")
+    names = ("channels_live/sdpo", "hint_effect", "gradient_rows", "token_alignment")
+    assert "no action token" in failed(judge(), *names)["hint_effect"]
