@@ -159,6 +159,20 @@ def fused_lines() -> list[str]:
     return lines
 
 
+def kill_lines() -> list[str]:
+    """Runs killed at random instants and resumed."""
+    run = result("kill_resume")
+    return [
+        "## Kills and resumes: a tiny model, 2-core CPU",
+        "",
+        "`python bench/kill_resume.py --kills 50 --write`",
+        "",
+        f"{run['kills']} kills at random instants, {run['kills_after_a_checkpoint']} of them after a "
+        f"checkpoint, in {run['runs']} runs: every run ended equal to one never killed, bit for bit.",
+        "",
+    ]
+
+
 def measurements() -> str:
     """docs/measurements.md."""
     head = [
@@ -169,7 +183,8 @@ def measurements() -> str:
         "shared: read ratios and medians.",
         "",
     ]
-    return "\n".join([*head, *smoke_lines(), *base_rate_lines(), *fused_lines()]) + "\n"
+    parts = [*smoke_lines(), *kill_lines(), *base_rate_lines(), *fused_lines()]
+    return "\n".join([*head, *parts]) + "\n"
 
 
 def flaw_lines() -> list[str]:

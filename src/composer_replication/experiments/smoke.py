@@ -131,7 +131,6 @@ def _train_and_judge(
     trainer.train()
     peak = peak_gib(device())
     step_s = smoke.metrics.clock.total_s["step"]
-    end = end_of_run(trainer, rows, run.rollouts_dir)
     checks = smoke.checks.judge(rows)
     phases_s = {"load": load_s, **trainer.clock.total_s, "step": step_s}
     phases_s["checks"] = smoke.checks.seconds
@@ -140,6 +139,8 @@ def _train_and_judge(
     save_started_s = time.perf_counter()
     save_model(trainer, run)
     phases_s["save"] = time.perf_counter() - save_started_s
+    # Copies of the weights: taken last, so that no measured peak holds them.
+    end = end_of_run(trainer, rows, run.rollouts_dir)
     seen = SmokeMeasurements(
         label=smoke.label,
         channel_weights=trainer.channel_weights,
