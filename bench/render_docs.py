@@ -167,8 +167,8 @@ def kill_lines() -> list[str]:
         "",
         "`python bench/kill_resume.py --kills 50 --write`",
         "",
-        f"{run['kills']} kills at random instants, {run['kills_after_a_checkpoint']} of them after a "
-        f"checkpoint, in {run['runs']} runs: every run ended equal to one never killed, bit for bit.",
+        f"{run['kills']} kills at random instants, {run['kills_after_a_checkpoint']} of them after",
+        f"a checkpoint, in {run['runs']} runs: every one ended equal to a run never killed.",
         "",
     ]
 
