@@ -58,6 +58,10 @@ class RunDirectoryError(InputError):
     """A run directory that is locked, foreign or of another schema version."""
 
 
+class BudgetError(InputError):
+    """The most that a run may cost is over the cap; nothing was started."""
+
+
 class MissingDependencyError(InputError, ImportError):
     """An optional package that the asked-for feature needs is not installed."""
 

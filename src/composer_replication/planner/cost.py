@@ -1,0 +1,187 @@
+"""What container seconds cost: rates, expected and worst dollars, and what a cap buys.
+
+A card of one's own costs nothing here; electricity is not counted. Everything remote is billed by
+the second on what was asked for: cards, CPU cores and RAM, times the region's factor.
+"""
+
+import math
+from dataclasses import dataclass
+
+from composer_replication.errors import BudgetError, ConfigError
+from composer_replication.planner.hardware import check_count, find_gpu
+from composer_replication.planner.prices import PriceTable, current_prices
+
+TIMEOUT_FACTOR = 2.0
+"""The time-out is this many times the high estimate of wall clock."""
+
+SMOKE_TIMEOUT_S = 1800.0
+SMOKE_BUDGET_USD = 5.0
+"""Defaults of the smoke, from the founding note."""
+
+MAX_TIMEOUT_S = 24 * 3600.0
+"""Modal ends a call after a day; a longer run resumes in another."""
+
+_HOUR_S = 3600.0
+_MONTH_DAYS = 30.0
+_BROAD_REGIONS = ("us", "eu", "ap", "uk", "ca", "me", "sa", "af", "jp")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The bill of one call.
+
+    Example: 420 s on an L4 with 4 cores and 16 GiB cost 0.093 + 0.022 + 0.015 = 0.130 USD:
+        >>> round(estimate("L4", 1, 420, cpu_cores=4, memory_gib=16).usd, 3)
+        0.13
+    """
+
+    gpu_usd: float
+    cpu_usd: float
+    memory_usd: float
+    usd_per_hour: float
+    """All three, the region's factor included."""
+    retries_usd: float
+    """What retries add if every attempt takes as long."""
+    prices_as_of: str
+
+    @property
+    def usd(self) -> float:
+        """Of one attempt."""
+        return self.gpu_usd + self.cpu_usd + self.memory_usd
+
+    @property
+    def worst_usd(self) -> float:
+        """Of every attempt that may be made."""
+        return self.usd + self.retries_usd
+
+
+def estimate(
+    gpu: str,
+    num_gpus: int,
+    seconds: float,
+    *,
+    cpu_cores: float,
+    memory_gib: float,
+    region: str | None = None,
+    retries: int = 0,
+    prices: PriceTable | None = None,
+) -> Cost:
+    """The bill for a container that is held for `seconds`.
+
+    Args:
+        gpu: a name of the hardware table; a local card costs 0.
+        num_gpus: cards in the container.
+        seconds: from the container's start to its end, loading included. With the time-out here,
+            `worst_usd` is the most that the call can cost.
+        cpu_cores: physical cores asked for, or used where that is more.
+        memory_gib: RAM asked for, or used where that is more.
+        region: None: anywhere; `eu` and such cost more, `us-east` and such still more.
+        retries: attempts after the first; the platform's own restarts after a preemption go on
+            within the run's deadline.
+        prices: None: the newest table at hand.
+
+    Raises:
+        ConfigError: an unknown card or region, a count that no machine has, a negative number.
+    """
+    card = find_gpu(gpu)
+    check_count(card, num_gpus)
+    for name, value in (
+        ("seconds", seconds),
+        ("cpu_cores", cpu_cores),
+        ("memory_gib", memory_gib),
+        ("retries", retries),
+    ):
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{name} is {value}; a bill needs a number of at least 0.")
+    table = prices or current_prices()
+    if not card.is_on_modal:
+        return Cost(0.0, 0.0, 0.0, 0.0, 0.0, table.as_of.isoformat())
+    factor = region_factor(region, table) / _HOUR_S
+    rates = (
+        num_gpus * table.gpu_usd_per_hour[card.name] * factor,
+        cpu_cores * table.cpu_core_usd_per_hour * factor,
+        memory_gib * table.memory_gib_usd_per_hour * factor,
+    )
+    usd = sum(rates) * seconds
+    return Cost(
+        gpu_usd=rates[0] * seconds,
+        cpu_usd=rates[1] * seconds,
+        memory_usd=rates[2] * seconds,
+        usd_per_hour=sum(rates) * _HOUR_S,
+        retries_usd=retries * usd,
+        prices_as_of=table.as_of.isoformat(),
+    )
+
+
+def region_factor(region: str | None, prices: PriceTable) -> float:
+    """What a choice of region multiplies every rate by.
+
+    Raises:
+        ConfigError: a name that is no region.
+    """
+    if region is None:
+        return 1.0
+    continent, separator, _ = region.partition("-")
+    if continent not in _BROAD_REGIONS:
+        raise ConfigError(
+            f"region is {region!r}, which is no region. Known: {', '.join(_BROAD_REGIONS)}, or a "
+            "part of one such as us-east. Leave it out: any region is cheapest."
+        )
+    return prices.narrow_region_factor if separator else prices.broad_region_factor
+
+
+def volume_usd(stored_gib: float, days: float, prices: PriceTable | None = None) -> float:
+    """What files in a volume cost; nothing below the free amount."""
+    table = prices or current_prices()
+    billed_gib = max(stored_gib - table.volume_free_gib, 0.0)
+    return billed_gib * table.volume_gib_usd_per_month * days / _MONTH_DAYS
+
+
+def timeout_s(high_wall_s: float) -> float:
+    """When a run that takes far longer than planned is ended: twice the high estimate."""
+    return min(float(math.ceil(TIMEOUT_FACTOR * high_wall_s)), MAX_TIMEOUT_S)
+
+
+def affordable_s(budget_usd: float, usd_per_hour: float, *, retries: int = 0) -> float:
+    """The longest time-out whose worst case, every retry included, stays within the cap."""
+    if usd_per_hour == 0:
+        return math.inf
+    return budget_usd / usd_per_hour * _HOUR_S / (retries + 1)
+
+
+def deadline_s(budget_usd: float, spent_usd: float, usd_per_hour: float) -> float:
+    """Seconds that the rest of the cap buys: a run that is restarted gets no new cap."""
+    return max(affordable_s(budget_usd - spent_usd, usd_per_hour), 0.0)
+
+
+def check_budget(budget_usd: float) -> float:
+    """`budget_usd` where it is a cap that something could stay under.
+
+    Raises:
+        ConfigError: zero, negative or not a number.
+    """
+    if math.isfinite(budget_usd) and budget_usd > 0:
+        return budget_usd
+    raise ConfigError(
+        f"--budget is {budget_usd:g} USD; a cap of 0 or less forbids every run. Give a positive "
+        f"number such as {SMOKE_BUDGET_USD:g}, or leave it out. Local runs cost nothing."
+    )
+
+
+def check_cap(
+    worst_usd: float, budget_usd: float, usd_per_hour: float, *, retries: int, timeout_s: float
+) -> None:
+    """Refuse a run whose worst case is over the cap, with what would fit under it.
+
+    Raises:
+        BudgetError: the numbers, and both ways out.
+    """
+    if worst_usd <= budget_usd:
+        return
+    fitting_s = affordable_s(budget_usd, usd_per_hour, retries=retries)
+    raise BudgetError(
+        f"The worst case is {worst_usd:.2f} USD ({usd_per_hour:.2f} USD an hour x {retries + 1} "
+        f"attempts x a time-out of {timeout_s:.0f} s), over the cap of {budget_usd:g} USD. A "
+        f"time-out of {math.floor(fitting_s)} s would fit under it; a cap of "
+        f"{math.ceil(worst_usd * 100) / 100:.2f} USD would hold this run."
+    )
