@@ -46,7 +46,10 @@ def test_a_card_is_found_under_the_names_people_write(text, name):
 
 
 def test_an_unknown_card_is_refused_and_never_guessed():
-    with pytest.raises(ConfigError, match=r"no GPU 'L5'.*neither its memory nor its price is known. Known: A10, A100"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no GPU 'L5'.*neither its memory nor its price is known. Known: A10, A100",
+    ):
         find_gpu("L5")
 
 
