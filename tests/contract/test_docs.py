@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from composer_replication.cli import _parse
+from composer_replication.cli.verb import find_verb, parse_options
+from composer_replication.cli.verbs import VERBS
 from composer_replication.config.loading import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +58,7 @@ def test_a_documented_command_is_one_the_program_takes(command):
     arguments = shlex.split(command)[1:]
     if arguments[0] in ("VERB", "--help"):
         return
-    _, options = _parse(arguments)
+    options = parse_options(find_verb(arguments, VERBS), arguments[1:])
     config = getattr(options, "config", None)
     if config is not None and config.parts[0] == "configs":
         load_config(ROOT / config, options.set)
