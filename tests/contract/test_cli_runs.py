@@ -300,7 +300,7 @@ def run_reexecuted(tmp_path, **environment):
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     settings, pid, *arguments = json.loads(stdout)["notes"]
     assert int(pid) == process.pid

@@ -110,6 +110,19 @@ def test_ddp_that_broadcasts_buffers_is_refused_before_processes_wait_for_each_o
         assert "broadcast_buffers=False" in result
 
 
+def test_two_processes_that_resume_equal_two_that_never_stopped_bit_for_bit(of_two):
+    for result in of_two("resumed"):
+        assert isinstance(result, tuple), result
+        (rows, weights), (again_rows, again_weights) = result
+        assert [row["step"] for row in again_rows] == [1, 2, 3, 4]
+        for row, again in zip(rows, again_rows, strict=True):
+            times = {name for name in row if name.endswith("_s") or name == "step_time"}
+            assert {k: v for k, v in row.items() if k not in times} == {
+                k: v for k, v in again.items() if k not in times
+            }
+        assert_equal_weights(again_weights, weights, atol=0)
+
+
 def test_a_loss_that_is_not_finite_on_one_process_stops_both(of_two):
     for result in of_two("nan on one"):
         assert result.startswith("TrainingError")

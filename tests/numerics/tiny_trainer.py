@@ -147,9 +147,9 @@ def build_trl_trainer(output_dir, *, model, erring=(0, 3), **changes):
     )
 
 
-def train(trainer):
-    """The log rows of a whole run and the weights it ends with, on the CPU."""
-    trainer.train()
+def train(trainer, checkpoint=None):
+    """The log rows of a run, from a checkpoint or its start, and its last weights, on the CPU."""
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     rows = [row for row in trainer.state.log_history if "loss" in row]
     model = trainer.accelerator.unwrap_model(trainer.model)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -69,6 +69,25 @@ def trainer_run(case, output_dir, num_processes):
     return tiny_trainer.train(trainer)
 
 
+def resumed_run(output_dir):
+    """A whole run of four steps, and the same gone on with from inside its first generation."""
+    options = {
+        "hint_sites_per_step": 2,
+        "pairs_per_step": 2,
+        "per_device_train_batch_size": 2,
+        "steps_per_generation": 2,
+        "optim": "adamw_torch",
+        "learning_rate": 0.01,
+        "teacher": "ema",
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    whole = tiny_trainer.train(tiny_trainer.build_trainer(output_dir, **options))
+    again = tiny_trainer.build_trainer(output_dir, **options)
+    return whole, tiny_trainer.train(again, checkpoint=output_dir / "checkpoint-1")
+
+
 def run_with_nan(output_dir, rank):
     """A run whose DPO loss is nan on process 1 alone."""
     trainer = tiny_trainer.build_trainer(
@@ -129,6 +148,8 @@ def main(folder):
         case: lambda case=case: trainer_run(case, folder / f"{case}-{rank}", num_processes)
         for case in CASES
     }
+    # Both write into one folder, as the processes of one run do.
+    jobs["resumed"] = lambda: resumed_run(folder / "resumed")
     jobs["nan on one"] = lambda: run_with_nan(folder / f"nan-{rank}", rank)
     jobs["reentrant checkpointing"] = lambda: tiny_trainer.build_trainer(
         folder / f"reentrant-{rank}",

@@ -65,6 +65,16 @@ class FixedShapeRollouts:
         return full_length_pairs(self._tokenizer, self.num_tokens, self._num_records)
 
 
+def shortest_full_row(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the shortest row that `full_length_sites` and `full_length_pairs` can fill."""
+    lengths = []
+    for extra, action in ((f"\n\n{HINT} (0)", REJECTED), ("", CHOSEN)):
+        state = (Message("user", f"Read the{extra}"),)
+        rows = render_state(tokenizer, state), render_action(tokenizer, state, action)
+        lengths.append(sum(map(len, rows)))
+    return max(lengths)
+
+
 def full_length_sites(
     tokenizer: PreTrainedTokenizerBase, num_tokens: int, num_sites: int
 ) -> list[HintSite]:

@@ -19,7 +19,7 @@ from composer_replication.experiments.extra_steps import (
     step_at_largest_shape,
     step_with_top_k,
 )
-from composer_replication.experiments.fixed_shapes import full_length_sites
+from composer_replication.experiments.fixed_shapes import full_length_sites, shortest_full_row
 from composer_replication.experiments.hint_check import require_two_hints
 from composer_replication.experiments.last_steps import LastSteps
 from composer_replication.experiments.live_table import LiveTable
@@ -195,5 +195,6 @@ def _extra_steps(
     limit = parts.config.smoke.max_shape_tokens or completion + longest_prompt(
         parts.data.prompts, tokenizer
     )
-    context = parts.args.max_context_tokens or limit
+    # Very short data: the filled rows cannot be shorter than a template, a hint and an action.
+    context = max(parts.args.max_context_tokens or limit, shortest_full_row(tokenizer))
     return step_at_largest_shape(trainer, limit, context), top_k

@@ -22,6 +22,10 @@ RUN_SCHEMA = 1
 SCHEMA_FILE = "schema.json"
 """Marks a folder as a run directory and says its layout's version."""
 
+SUMMARY_FILE = "summary.json"
+
+_NO_RESULTS = {SCHEMA_FILE, LOCK_FILE, OWNER_FILE, "config.toml", "error.txt", "planned.json"}
+
 
 class RunDirectory:
     """An open run directory; a context manager that releases its lock.
@@ -42,11 +46,12 @@ class RunDirectory:
         """Open `path` as a new run, or with `resume` the run that was started there.
 
         With `resume` a folder without a run starts one: a job that is always told to resume may
-        have been killed before it wrote anything.
+        have been killed before it wrote anything. Without it a run that ended before its first
+        result gives its folder to the next one: a refused configuration is corrected and run again.
 
         Raises:
-            RunDirectoryError: the folder is in use, is not a run directory, holds a run that was
-                not asked to resume, or has another schema version.
+            RunDirectoryError: the folder is in use, is not a run directory, holds results of a run
+                that was not asked to resume, or has another schema version.
         """
         _refuse_foreign_folder(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -89,7 +94,7 @@ class RunDirectory:
     @property
     def summary_path(self) -> Path:
         """How the run ended, `summary.json`."""
-        return self.path / "summary.json"
+        return self.path / SUMMARY_FILE
 
     @property
     def error_path(self) -> Path:
@@ -201,11 +206,30 @@ def _refuse_foreign_folder(path: Path) -> None:
         )
 
 
+def _has_results(path: Path) -> bool:
+    """Whether a run left more than its configuration and the words in which it ended."""
+    for entry in path.iterdir():
+        if entry.name == SUMMARY_FILE:
+            if _status(entry) not in ("failed", "stopped"):
+                return True
+        elif entry.name not in _NO_RESULTS and not is_temporary(entry.name):
+            return True
+    return False
+
+
+def _status(summary_path: Path) -> object:
+    """None where the file cannot be read, and so may hold anything."""
+    try:
+        return json.loads(summary_path.read_text(encoding="utf-8"))["status"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return None
+
+
 def _check_schema(path: Path, *, resume: bool) -> None:
     schema_path = path / SCHEMA_FILE
     if not schema_path.exists():
         return
-    if not resume:
+    if not resume and _has_results(path):
         raise RunDirectoryError(
             f"{path} already holds a run. A second one would mix with its files. "
             "Choose another --out, or continue that run with --resume."

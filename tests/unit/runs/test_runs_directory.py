@@ -84,8 +84,9 @@ def test_a_file_is_no_run_directory(tmp_path):
         RunDirectory.create(tmp_path / "file", resume=False)
 
 
-def test_a_run_that_was_started_needs_resume(tmp_path):
-    RunDirectory.create(tmp_path, resume=False).close()
+def test_a_run_that_trained_a_step_needs_resume(tmp_path):
+    with RunDirectory.create(tmp_path, resume=False) as run:
+        run.append_metrics({"step": 1})
     with pytest.raises(RunDirectoryError) as caught:
         RunDirectory.create(tmp_path, resume=False)
     assert str(caught.value) == (
@@ -101,8 +102,33 @@ def test_resume_starts_a_run_where_a_kill_came_before_its_first_file(tmp_path):
     with RunDirectory.create(tmp_path / "new", resume=True) as run:
         assert run.read_metrics() == []
     RunDirectory.create(tmp_path / "new", resume=True).close()
+
+
+@pytest.mark.parametrize("status", ["failed", "stopped"])
+def test_a_run_that_ended_before_its_first_result_gives_its_folder_to_the_next(tmp_path, status):
+    """A refused configuration is corrected and the same command given again."""
+    with RunDirectory.create(tmp_path, resume=False) as run:
+        run.write_config("steps = 0")
+        run.write_summary(Summary(status=status, error="steps is 0"))
+        run.error_path.write_text("Traceback")
+    RunDirectory.create(tmp_path, resume=False).close()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts", "checkpoints", "model", "notes.txt"])
+def test_a_folder_with_anything_a_run_or_a_user_left_there_is_taken(tmp_path, name):
+    with RunDirectory.create(tmp_path, resume=False) as run:
+        run.write_summary(Summary(status="failed", error="out of memory"))
+    (tmp_path / name).touch()
     with pytest.raises(RunDirectoryError, match="already holds a run"):
-        RunDirectory.create(tmp_path / "new", resume=False)
+        RunDirectory.create(tmp_path, resume=False)
+
+
+@pytest.mark.parametrize("text", ['{"status": "passed"}', "{", "[]"])
+def test_a_summary_that_passed_or_cannot_be_read_keeps_its_folder(tmp_path, text):
+    RunDirectory.create(tmp_path, resume=False).close()
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(RunDirectoryError, match="already holds a run"):
+        RunDirectory.create(tmp_path, resume=False)
 
 
 def test_a_start_that_was_killed_before_its_first_file_can_be_repeated(tmp_path):
