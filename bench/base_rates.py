@@ -1,9 +1,10 @@
-"""How an untrained model does on the API-drift task: reward spread, success, errors, token counts.
+"""How an untrained model does on a shipped task: reward spread, success, errors, token counts.
 
 Samples groups of rollouts over all turns and prints what decides whether GRPO can start: the share
 of groups whose rewards differ. Each turn is rendered from text; observations are user turns.
 
     python bench/base_rates.py smollm2-135m --groups 32
+    python bench/base_rates.py smollm2-135m --task call_format --set num_matching_demos=0
 """
 
 import argparse
@@ -14,13 +15,15 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from composer_replication.environments.api_drift import ApiDrift
-from composer_replication.environments.api_drift_tasks import task_from_seed
-from composer_replication.environments.protocol import Observation
+from composer_replication.environments.protocol import Observation, TextEnvironment
+from composer_replication.environments.registry import environment_class
+from composer_replication.experiments.doctor import cpu_bf16_line
+from composer_replication.experiments.task_registry import TASKS, task_rows
 from composer_replication.training.model_source import load_model
 
 
@@ -28,7 +31,7 @@ from composer_replication.training.model_source import load_model
 class Episode:
     """One rollout in progress."""
 
-    environment: ApiDrift
+    environment: TextEnvironment
     messages: list[dict[str, str]]
     is_done: bool = False
     error_kinds: list[str] = field(default_factory=list)
@@ -46,18 +49,14 @@ class Episode:
 
 def started_episodes(args: argparse.Namespace) -> list[Episode]:
     """Group by group, `args.group_size` fresh episodes of one prompt."""
+    knobs = {key: json.loads(value) for key, _, value in (t.partition("=") for t in args.knobs)}
+    rows = task_rows(args.task, args.split, seed=args.seed, num_episodes=args.groups, **knobs)
     episodes: list[Episode] = []
-    for seed in range(args.groups):
+    for row in rows.prompts:
         for _ in range(args.group_size):
-            environment = ApiDrift()
-            environment.reset(
-                task_seed=seed,
-                split=args.split,
-                drift_seed=args.drift_seed,
-                num_drifted_tools=args.drifted_tools,
-                is_example_shown=not args.hide_examples,
-            )
-            episodes.append(Episode(environment, task_from_seed(seed, args.split).prompt()))
+            environment = environment_class(args.task)()
+            environment.reset(**row)
+            episodes.append(Episode(environment, list(row["prompt"])))
     return episodes
 
 
@@ -130,6 +129,10 @@ def summary_of(
         "observation_tokens": [n for episode in episodes for n in episode.observation_tokens],
     }
     return {
+        "task": args.task,
+        "split": args.split,
+        "knobs": args.knobs,
+        "seed": args.seed,
         "groups": len(groups),
         "group_size": size,
         "temperature": args.temperature,
@@ -155,9 +158,8 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=4)
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
     parser.add_argument("--split", default="train", choices=("train", "heldout"))
-    parser.add_argument("--drift-seed", type=int, default=0)
-    parser.add_argument("--drifted-tools", type=int, default=8)
-    parser.add_argument("--hide-examples", action="store_true")
+    parser.add_argument("--task", default="api_drift", choices=sorted(TASKS))
+    parser.add_argument("--set", action="append", default=[], metavar="KNOB=JSON", dest="knobs")
     parser.add_argument("--max-action-tokens", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
@@ -171,8 +173,10 @@ def main() -> None:
     args = parsed_arguments()
     torch.manual_seed(args.seed)
     source = load_model(args.model)
-    # bf16 for sampling only: several times faster than fp32 on a CPU with AMX.
-    model = source.model.to(torch.bfloat16).eval()
+    # bf16 for sampling only: several times faster than fp32 on a CPU with AMX, slower without.
+    has_bf16 = torch.cuda.is_available() or cpu_bf16_line(Path("/proc/cpuinfo")).is_ok is True
+    dtype = torch.bfloat16 if has_bf16 else torch.float32
+    model = source.model.to(dtype).eval()
     start_s = time.perf_counter()
     episodes = started_episodes(args)
     first_lengths = run_episodes(model, source.tokenizer, episodes, args)

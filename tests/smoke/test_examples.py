@@ -4,6 +4,10 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
+
+from composer_replication.experiments.run_data import load_run_data
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -29,14 +33,27 @@ def test_the_plain_loop_imports_no_trl_and_stays_short():
     assert len(source.splitlines()) <= 220
 
 
-def test_the_data_script_writes_a_folder_that_a_run_takes(monkeypatch, capsys, tmp_path):
-    from composer_replication.experiments.run_data import load_run_data
-
+@pytest.mark.parametrize(
+    ("task", "knob"), [("api_drift", "drift_seed=5"), ("call_format", "num_demos=2")]
+)
+def test_the_data_script_writes_a_folder_that_a_run_takes(monkeypatch, tmp_path, task, knob):
+    folder = tmp_path / "data"
     run(
-        monkeypatch, "make_api_drift_data.py", str(tmp_path / "data"), "--seed", "3", "--drift", "5"
+        monkeypatch,
+        "make_task_data.py",
+        task,
+        str(folder),
+        "--seed",
+        "3",
+        "--set",
+        knob,
+        "--episodes",
+        "9",
     )
-    data = load_run_data(str(tmp_path / "data"))
-    assert data.task == "api_drift"
-    assert len(data.prompts) > 0
+    data = load_run_data(str(folder))
+    assert data.task == task
+    assert len(data.prompts) == 9
     assert len(data.hint_sites) > 0
     assert len(data.pairs) > 0
+    name, _, value = knob.partition("=")
+    assert {row[name] for row in data.prompts} == {int(value)}

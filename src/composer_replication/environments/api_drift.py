@@ -97,7 +97,7 @@ class ApiDrift:
         if row.get("prompt") is not None and row["prompt"] != self._task.prompt():
             raise DataError(
                 f"The prompt of task_seed {spec.task_seed}, split {spec.split!r}, is not the one "
-                "this version makes. Make the data again with examples/make_api_drift_data.py."
+                "this version makes. Make the data again with examples/make_task_data.py."
             )
         self._steps = self._task.steps(self._drift)
         self._max_turns = len(self._steps) + spec.num_spare_turns

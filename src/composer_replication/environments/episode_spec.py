@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_type_hints
 
 from composer_replication.environments.api_drift_rules import TOOL_KEYS
-from composer_replication.errors import DataError, nearest
+from composer_replication.environments.spec_rows import read_spec
+from composer_replication.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +35,9 @@ class EpisodeSpec:
 
 
 def spec_from_row(row: Mapping[str, object]) -> EpisodeSpec:
-    """The spec in a row; `prompt` and TRL's `environment` are left to others.
+    """The spec in a row of the API-drift task.
 
     Raises:
         DataError: a field that is missing, unknown or of the wrong type.
     """
-    known = get_type_hints(EpisodeSpec)
-    values = {key: value for key, value in row.items() if key not in ("prompt", "environment")}
-    for key, value in values.items():
-        if key not in known:
-            raise DataError(f"An API-drift row has the unknown key {key!r}. {nearest(key, known)}")
-        # type() and not isinstance: True is an int, and would be taken for seed 1.
-        if type(value) is not known[key]:
-            name = known[key].__name__
-            raise DataError(f"An API-drift row has {key} = {value!r}; it must be {name}.")
-    if "task_seed" not in values:
-        raise DataError("An API-drift row has no 'task_seed'. Each row of prompts.jsonl has one.")
-    return EpisodeSpec(**values)  # pyright: ignore[reportArgumentType]
+    return read_spec(row, EpisodeSpec, "An API-drift row")

@@ -5,9 +5,10 @@ from importlib import import_module
 from pathlib import Path
 
 from composer_replication.environments.api_drift import ApiDrift
+from composer_replication.environments.call_format import CallFormat
 from composer_replication.errors import ConfigError, nearest
 
-ENVIRONMENTS: dict[str, type] = {"api_drift": ApiDrift}
+ENVIRONMENTS: dict[str, type] = {"api_drift": ApiDrift, "call_format": CallFormat}
 """Shipped environments; the keys are what a configuration and a manifest may name."""
 
 

@@ -7,11 +7,8 @@ so what the hints alone teach can be told from what the pairs teach; held-out pa
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import cast
 
 from composer_replication.environments.action_json import parse_action
 from composer_replication.environments.api_drift import ApiDrift
@@ -19,18 +16,13 @@ from composer_replication.environments.api_drift_rules import TOOL_KEYS, Drift, 
 from composer_replication.environments.api_drift_tasks import Task, task_from_seed
 from composer_replication.environments.episode_spec import EpisodeSpec
 from composer_replication.environments.protocol import Observation, ToolError
-from composer_replication.errors import DataError
-from composer_replication.traces.hints import HintSite, hint_from_error, hint_site_row
-from composer_replication.traces.pairs import PreferencePair, pair_row
+from composer_replication.experiments.task_rows import TaskRows
+from composer_replication.traces.hints import HintSite, hint_from_error
+from composer_replication.traces.json_lines import Row
+from composer_replication.traces.pairs import PreferencePair
 from composer_replication.traces.trace import Message, TurnError, messages_from
 
-DATA_SCHEMA = 1
-NUM_EPISODES = {"train": 64, "heldout": 24}
-TASK_SEEDS_PER_SEED = 1000
-"""Data of seed s uses the task seeds from 1000 s on; a multiple of the eight tools."""
-
 _SLIPS = ("prose", "two_objects", "foreign_tool", "no_target", "nested_target", "gone_target")
-Row = dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,62 +193,22 @@ def _agent_step(turn: ScriptedTurn, step_id: int) -> Row:
     return step
 
 
-def write_data(folder: Path, seed: int = 0, spec: EpisodeSpec | None = None) -> Row:
-    """Write one data directory, held-out split included; returns its manifest.
+def api_drift_rows(specs: Sequence[EpisodeSpec]) -> TaskRows:
+    """The rows of the episodes of one split; all of them have the same drift.
 
-    Args:
-        folder: made where it does not exist.
-        seed: which tasks; data of different seeds shares no task seed.
-        spec: drift and difficulty; its `task_seed` and `split` are not used.
-
-    Raises:
-        DataError: a seed below 0.
+    Episodes as trajectories are kept of the training split only.
     """
-    if seed < 0:
-        raise DataError(f"seed is {seed}; it must be 0 or more.")
-    settings = asdict(spec or EpisodeSpec(task_seed=0))
-    drift = drift_from_seed(settings["drift_seed"], settings["num_drifted_tools"])
-    counts: dict[str, object] = {}
-    for split, num_episodes in NUM_EPISODES.items():
-        first = seed * TASK_SEEDS_PER_SEED
-        episodes = [
-            scripted_episode(
-                EpisodeSpec(**settings | {"task_seed": first + index, "split": split}), index
-            )
-            for index in range(num_episodes)
-        ]
-        tools = pair_tools(drift) if split == "train" else tuple(TOOL_KEYS)
-        split_folder = folder if split == "train" else folder / split
-        counts[split] = _write_split(split_folder, episodes, tools)
-    manifest: Row = {
-        "schema": DATA_SCHEMA,
-        "task": "api_drift",
-        "seed": seed,
-        "counts": counts,
-        "drift": [asdict(rule) for rule in drift.rules],
-        "pair_tools": list(pair_tools(drift)),
-        "splits": {"train": ".", "heldout": "heldout"},
-    }
-    _write_text(folder / "manifest.json", json.dumps(manifest, indent=2))
-    return manifest
-
-
-def _write_split(folder: Path, episodes: list[ScriptedEpisode], tools: Iterable[str]) -> Row:
-    sites = [site for episode in episodes if (site := hint_site(episode))]
-    files = {
-        "prompts": [{"prompt": e.task.prompt(), **asdict(e.spec)} for e in episodes],
-        "hint_sites": [hint_site_row(site) for site in sites],
-        "pairs": [pair_row(pair) for e in episodes for pair in preference_pairs(e, tools)],
-    }
-    if folder.name != "heldout":
-        files["episodes"] = [trajectory(episode) for episode in episodes]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        _write_text(folder / f"{name}.jsonl", "\n".join(json.dumps(row) for row in rows))
-    counts: Row = {name: len(rows) for name, rows in files.items()}
-    kinds = Counter(cast(Mapping[str, str], row)["error_kind"] for row in files["hint_sites"])
-    return counts | {"error_kinds": dict(sorted(kinds.items()))}
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(f"{text}\n", encoding="ascii", newline="\n")
+    drift = drift_from_seed(specs[0].drift_seed, specs[0].num_drifted_tools)
+    is_heldout = specs[0].split == "heldout"
+    tools = tuple(TOOL_KEYS) if is_heldout else pair_tools(drift)
+    episodes = [scripted_episode(spec, index) for index, spec in enumerate(specs)]
+    return TaskRows(
+        prompts=[{"prompt": e.task.prompt(), **asdict(e.spec)} for e in episodes],
+        hint_sites=[site for episode in episodes if (site := hint_site(episode))],
+        pairs=[pair for episode in episodes for pair in preference_pairs(episode, tools)],
+        episodes=[] if is_heldout else [trajectory(episode) for episode in episodes],
+        facts={
+            "drift": [asdict(rule) for rule in drift.rules],
+            "pair_tools": list(pair_tools(drift)),
+        },
+    )

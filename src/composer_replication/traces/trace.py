@@ -4,7 +4,7 @@ An *action* is an assistant turn, a *state* is everything before it.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
 from composer_replication.errors import DataError, nearest, shown
@@ -41,6 +41,46 @@ class TurnError:
     """One sentence for a reader."""
     example: str | None = None
     """A corrected call that shows the rule on another argument, where the environment knows one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One recorded agent run, in the text form that a model is shown.
+
+    Example: the agent reads under a wrong key, and a teacher would have known the right one:
+        >>> Trace(
+        ...     messages=(Message("user", "Read a.py."), Message("assistant", "read path=a.py")),
+        ...     errors={1: TurnError("unknown_key", 'Use the key "file".', "read file=b.py")},
+        ...     teacher_actions={1: ("read file=a.py",)},
+        ...     source="session-7",
+        ... )
+    """
+
+    messages: tuple[Message, ...]
+    errors: Mapping[int, TurnError] = field(default_factory=dict[int, TurnError])
+    """Index of the action that caused the error -> the error."""
+    teacher_actions: Mapping[int, tuple[str, ...]] = field(
+        default_factory=dict[int, tuple[str, ...]]
+    )
+    """Index of an action -> what each teacher did at the same state."""
+    num_context_messages: int = 0
+    """Messages at the start that are no work of this run, such as demonstrations: never trained
+    on, though they are part of every state."""
+    source: str = ""
+    """Id of the run; splits never cut through a source."""
+
+    def __post_init__(self) -> None:
+        for index in (*self.errors, *self.teacher_actions):
+            is_there = self.num_context_messages <= index < len(self.messages)
+            if not is_there or self.messages[index].role != "assistant":
+                raise DataError(
+                    f"Trace {self.source!r}: message {index} is no action of this run, so it can "
+                    "have no error and no teacher's action. Give the index of an assistant turn."
+                )
+
+    def state(self, index: int) -> tuple[Message, ...]:
+        """What the model saw before the action at `index`."""
+        return self.messages[:index]
 
 
 def messages_from(

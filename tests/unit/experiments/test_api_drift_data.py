@@ -7,9 +7,8 @@ import pytest
 from composer_replication.environments.api_drift import ERROR_KINDS, ApiDrift
 from composer_replication.environments.api_drift_rules import DEFAULT_DRIFT, TOOL_KEYS
 from composer_replication.environments.api_drift_tasks import POOLS, task_from_seed
-from composer_replication.environments.episode_spec import EpisodeSpec
-from composer_replication.errors import DataError
-from composer_replication.experiments.api_drift_data import pair_tools, write_data
+from composer_replication.experiments.api_drift_data import pair_tools
+from composer_replication.experiments.task_registry import write_task
 from composer_replication.traces.hints import hint_site_from_row, hint_site_row
 from composer_replication.traces.pairs import pair_from_row, pair_row
 
@@ -27,7 +26,7 @@ def contents(folder):
 
 
 def test_the_shipped_data_is_what_this_version_makes_byte_for_byte(tmp_path):
-    write_data(tmp_path)
+    write_task(tmp_path, "api_drift")
     assert contents(tmp_path) == contents(SHIPPED)
 
 
@@ -36,8 +35,8 @@ def test_the_shipped_data_is_small():
 
 
 def test_another_seed_gives_other_tasks_and_another_drift_other_hints(tmp_path):
-    write_data(tmp_path / "seed", seed=1)
-    write_data(tmp_path / "drift", spec=EpisodeSpec(task_seed=0, drift_seed=7))
+    write_task(tmp_path / "seed", "api_drift", seed=1)
+    write_task(tmp_path / "drift", "api_drift", drift_seed=7)
     shipped = contents(SHIPPED)
     other_tasks, other_drift = contents(tmp_path / "seed"), contents(tmp_path / "drift")
     assert other_tasks["prompts.jsonl"] != shipped["prompts.jsonl"]
@@ -45,14 +44,9 @@ def test_another_seed_gives_other_tasks_and_another_drift_other_hints(tmp_path):
 
 
 def test_a_drift_of_no_tools_leaves_nothing_to_hint_at(tmp_path):
-    manifest = write_data(tmp_path, spec=EpisodeSpec(task_seed=0, num_drifted_tools=0))
+    manifest = write_task(tmp_path, "api_drift", num_drifted_tools=0)
     assert manifest["counts"]["train"]["hint_sites"] == 0
     assert (tmp_path / "hint_sites.jsonl").read_text().strip() == ""
-
-
-def test_a_negative_seed_is_refused(tmp_path):
-    with pytest.raises(DataError, match="0 or more"):
-        write_data(tmp_path, seed=-1)
 
 
 def test_the_manifest_counts_what_the_files_hold():
