@@ -1,0 +1,59 @@
+"""The forwards of one step: how many tokens each reads, and how many rows meet the head."""
+
+from dataclasses import dataclass
+
+from composer_replication.planner.step_case import StepCase
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One forward of the step: its tokens, the rows that meet the head, and how."""
+
+    num_tokens: int
+    num_scored: int
+    is_divergence: bool = False
+    num_teacher_tokens: int = 0
+    """Of the teacher's forward that goes before it."""
+
+
+def forwards_of(case: StepCase) -> list[Forward]:
+    """The forwards with gradient of a step, in their order."""
+    if case.executor == "packed":
+        return [_tree_forward(case)]
+    found: list[Forward] = []
+    if case.num_rollouts:
+        row = case.prompt_tokens + case.completion_tokens
+        found.append(Forward(case.num_rollouts * row, case.num_rollouts * case.completion_tokens))
+    if case.num_sites:
+        row = case.state_tokens + case.action_tokens
+        found.append(
+            Forward(
+                case.num_sites * row,
+                case.num_sites * case.action_tokens,
+                is_divergence=True,
+                num_teacher_tokens=case.num_sites * (row + case.hint_tokens),
+            )
+        )
+    if case.num_pairs:
+        row = case.pair_state_tokens + case.pair_action_tokens
+        pair = Forward(case.num_pairs * row, case.num_pairs * case.pair_action_tokens)
+        found += [pair, pair]
+    return found
+
+
+def _tree_forward(case: StepCase) -> Forward:
+    """One forward of the tree: each shared prefix once."""
+    tokens = (case.prompt_tokens if case.num_rollouts else 0) + (
+        case.num_rollouts * case.completion_tokens
+    )
+    tokens += case.num_sites * (case.state_tokens + case.action_tokens)
+    tokens += case.num_pairs * (case.pair_state_tokens + 2 * case.pair_action_tokens)
+    teacher_rows = case.num_sites * (case.hint_tokens + case.action_tokens)
+    teacher_tokens = 0
+    if case.teacher == "live" or (case.lora_r is None and case.num_sites == 0):
+        tokens += teacher_rows
+    else:
+        teacher_tokens = case.num_sites * case.state_tokens + teacher_rows
+    scored = case.num_rollouts * case.completion_tokens + case.num_sites * case.action_tokens
+    scored += 2 * case.num_pairs * case.pair_action_tokens
+    return Forward(tokens, scored, case.num_sites > 0, teacher_tokens)

@@ -1,0 +1,83 @@
+"""Bytes of the output head's tiles, as `losses/head.py` and `losses/sdpo.py` hold them.
+
+Letters: V vocabulary, H hidden, S scored rows, n rows of a tile.
+"""
+
+from dataclasses import dataclass
+
+from composer_replication.planner.forwards import Forward
+from composer_replication.planner.layer_memory import FP32, Precision
+from composer_replication.planner.model_shape import model_shape
+from composer_replication.planner.step_case import StepCase
+
+_TILE_ROWS = {"cpu": 64, "cuda": 512}
+_BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
+_CAST_ROWS = 16_384
+_BLOCK_TEMPORARIES = 7
+"""Arrays of one block that the divergence's element-wise part has at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadMemory:
+    """The head of a case."""
+
+    vocab: int
+    hidden: int
+    stream: int
+    """Bytes of a number of the hidden rows."""
+    weight: int
+    """Bytes of a number of the head's weight."""
+    is_trained: bool
+    device_type: str
+
+    def saved_bytes(self, forward: Forward) -> int:
+        """Hidden rows that wait for the backward."""
+        row = self.stream * self.hidden
+        if forward.is_divergence:
+            return forward.num_scored * (2 * row + FP32 * self.hidden)
+        return forward.num_scored * row
+
+    def forward_bytes(self, forward: Forward) -> int:
+        """Tiles of the forward, beside what it saves."""
+        return self.saved_bytes(forward) + self._tiles(forward)
+
+    def backward_bytes(self, forward: Forward) -> int:
+        """Tiles of the backward and the fp32 sum of the head's gradient."""
+        rows_grad = forward.num_scored * FP32 * self.hidden
+        if not self.is_trained and forward.is_divergence:
+            # The forward has kept the gradient of the hidden rows already.
+            return rows_grad
+        gradient = FP32 * self.vocab * self.hidden if self.is_trained else 0
+        in_weight_precision = (
+            self.weight * self.vocab * self.hidden if self.is_trained and self.weight < FP32 else 0
+        )
+        return gradient + rows_grad + max(self._tiles(forward), in_weight_precision)
+
+    def _tiles(self, forward: Forward) -> int:
+        rows = min(_TILE_ROWS[self.device_type], max(forward.num_scored, 1))
+        tile = FP32 * rows * self.vocab
+        if not forward.is_divergence:
+            return 2 * tile + self._cast_bytes()
+        block_rows = max(1, _BLOCK_ELEMENTS[self.device_type] // self.vocab)
+        block = FP32 * min(rows, block_rows) * self.vocab
+        # Both sides are projected before the first block, so the two peaks never meet.
+        return 2 * tile + max(_BLOCK_TEMPORARIES * block, self._cast_bytes())
+
+    def _cast_bytes(self) -> int:
+        """fp32 copies of part of a half-precision head; CUDA multiplies bf16 as it is."""
+        if self.weight == FP32 or self.device_type == "cuda":
+            return 0
+        return FP32 * min(self.vocab, _CAST_ROWS) * self.hidden
+
+
+def head_memory(case: StepCase) -> HeadMemory:
+    """The head of this case."""
+    shape, precision = model_shape(case.model), Precision.of(case)
+    return HeadMemory(
+        vocab=shape.vocab,
+        hidden=shape.hidden,
+        stream=precision.stream,
+        weight=precision.weights,
+        is_trained=case.lora_r is None,
+        device_type=case.device_type,
+    )

@@ -1,0 +1,246 @@
+"""The memory of a training step by formula: what stays, and the most of every instant of a step.
+
+Terms that do not live together are never added. A step runs its forwards one after another and
+keeps their graphs until the backward, which takes them back in reverse: `_walk` follows it and
+notes the peak of each phase. Everything is tensors; what a device adds is in `device_margins.py`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from composer_replication.planner.forwards import Forward, forwards_of
+from composer_replication.planner.head_memory import HeadMemory, head_memory
+from composer_replication.planner.layer_memory import (
+    BF16,
+    FP32,
+    LayerMemory,
+    Precision,
+    layer_memory,
+)
+from composer_replication.planner.model_shape import ModelShape, adapted_linears, model_shape
+from composer_replication.planner.step_case import StepCase
+from composer_replication.units import gib
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """What a step holds, from formulas or from a simulation; GiB of tensors on one device.
+
+    Example: `predict(case).peak_gib`.
+    """
+
+    phases_gib: dict[str, float]
+    """The most in each phase, what stays included: teacher, policy_forward, loss, backward,
+    optimizer."""
+    persistent_gib: dict[str, float]
+    """What stays: weights, teacher, optimizer, gradients where they accumulate."""
+
+    @property
+    def peak_gib(self) -> float:
+        """The most at any instant."""
+        return max(self.phases_gib.values())
+
+    @property
+    def peak_phase(self) -> str:
+        """Where that is."""
+        return max(self.phases_gib, key=self.phases_gib.__getitem__)
+
+
+def predict(case: StepCase) -> MemoryEstimate:
+    """The memory of a case's step, by formula.
+
+    Raises:
+        ModelError: an architecture that the formulas do not know.
+    """
+    persistent = persistent_bytes(case)
+    base = sum(persistent.values())
+    peaks: dict[str, int] = {}
+    for phase, num_bytes in _walk(case):
+        peaks[phase] = max(peaks.get(phase, 0), base + num_bytes)
+    return MemoryEstimate(
+        phases_gib={phase: gib(peak) for phase, peak in peaks.items()},
+        persistent_gib={name: gib(part) for name, part in persistent.items()},
+    )
+
+
+def trained_bytes(case: StepCase) -> int:
+    """Of the weights that are trained."""
+    shape = model_shape(case.model)
+    if case.lora_r is not None:
+        adapters = shape.lora_layer_parameters(case.lora_r, case.lora_targets)
+        return FP32 * shape.num_layers * adapters
+    return Precision.of(case).weights * shape.num_parameters
+
+
+def persistent_bytes(case: StepCase) -> dict[str, int]:
+    """What stays from step to step."""
+    shape = model_shape(case.model)
+    trained = trained_bytes(case)
+    base = Precision.of(case).weights * shape.num_parameters
+    return {
+        "weights": base + (trained if case.lora_r is not None else 0),
+        "teacher": _teacher_bytes(case, shape, base),
+        "optimizer": _optimizer_bytes(case, shape, trained),
+        "gradients": trained if case.accumulates else 0,
+    }
+
+
+def _teacher_bytes(case: StepCase, shape: ModelShape, base: int) -> int:
+    if case.num_sites == 0 or case.teacher == "live":
+        return 0
+    if case.lora_r is None:
+        return base
+    if case.teacher == "frozen":
+        return 0
+    # The average of the adapter's product, a full matrix for each adapted one.
+    sizes = shape.linear_sizes
+    adapted = sum(sizes[n][0] * sizes[n][1] for n in adapted_linears(case.lora_targets))
+    return FP32 * shape.num_layers * adapted
+
+
+def _optimizer_bytes(case: StepCase, shape: ModelShape, trained: int) -> int:
+    """Moments have the dtype of what is trained."""
+    if case.optimizer in ("adamw_torch_fused", "adamw_torch"):
+        return 2 * trained
+    if case.optimizer == "sgd":
+        return 0
+    return _adafactor_bytes(case, shape)
+
+
+def _adafactor_bytes(case: StepCase, shape: ModelShape) -> int:
+    """A row and a column of second moments for each matrix; vectors keep all of theirs."""
+    sizes = list(shape.linear_sizes.values())
+    if case.lora_r is not None:
+        r = case.lora_r
+        adapted = [shape.linear_sizes[name] for name in adapted_linears(case.lora_targets)]
+        pairs = [(a + r, r + b) for a, b in adapted]
+        return FP32 * shape.num_layers * sum(a + b for a, b in pairs)
+    vectors = shape.layer_parameters - sum(a * b for a, b in sizes)
+    layer = sum(a + b for a, b in sizes) + vectors
+    heads = (shape.vocab + shape.hidden) * (1 if shape.is_tied else 2)
+    return FP32 * (shape.num_layers * layer + heads + shape.hidden)
+
+
+def _walk(case: StepCase) -> Iterator[tuple[str, int]]:
+    """(phase, bytes beside what stays) at every instant that could be the largest."""
+    shape = model_shape(case.model)
+    layer, head = layer_memory(case), head_memory(case)
+    forwards = forwards_of(case)
+    held = 0
+    for forward in forwards:
+        if forward.num_teacher_tokens:
+            yield "teacher", held + _teacher_forward(case, shape, layer, forward)
+            held += layer.output_per_token * forward.num_teacher_tokens
+        graph = graph_bytes(case, shape, layer, forward)
+        yield "policy_forward", held + graph + _forward_peak(case, shape, layer, forward)
+        held += graph
+        output = layer.output_per_token * forward.num_tokens
+        yield "loss", held + output + head.forward_bytes(forward)
+        held += head.saved_bytes(forward)
+        if forward.num_teacher_tokens:
+            held -= layer.output_per_token * forward.num_teacher_tokens
+    yield from _walk_back(case, layer, head, forwards, held)
+    yield "optimizer", trained_bytes(case) * (not case.accumulates) + _optimizer_peak(case, shape)
+
+
+def graph_bytes(case: StepCase, shape: ModelShape, layer: LayerMemory, forward: Forward) -> int:
+    """What a forward keeps for its backward."""
+    tokens, layers = forward.num_tokens, shape.num_layers
+    per_layer = (
+        layer.input_per_token * tokens
+        if case.checkpoints
+        else layer.saved_per_token * tokens + layer.weight_copies
+    )
+    return layers * per_layer + layer.ends_per_token * tokens
+
+
+def _teacher_forward(
+    case: StepCase, shape: ModelShape, layer: LayerMemory, forward: Forward
+) -> int:
+    """One layer at a time; a live teacher's weights are cast once and kept until it is done."""
+    cast = 0
+    if case.autocasts and case.lora_r is None:
+        is_live = case.teacher == "live"
+        cast = BF16 * (shape.num_parameters if is_live else shape.hidden * shape.intermediate)
+    return cast + layer.forward_per_token * forward.num_teacher_tokens
+
+
+def _forward_peak(case: StepCase, shape: ModelShape, layer: LayerMemory, forward: Forward) -> int:
+    """Beside the graph: the cast head, and under checkpointing a layer and all cast weights."""
+    head = BF16 * shape.head_parameters if case.autocasts and case.lora_r is None else 0
+    if not case.checkpoints:
+        return head
+    return (
+        head
+        + layer.forward_per_token * forward.num_tokens
+        + (shape.num_layers * layer.weight_copies)
+    )
+
+
+def _walk_back(
+    case: StepCase,
+    layer: LayerMemory,
+    head: HeadMemory,
+    forwards: list[Forward],
+    held: int,
+) -> Iterator[tuple[str, int]]:
+    """The backward: graphs in reverse, each from its head over its layers to the embedding."""
+    shape = model_shape(case.model)
+    grads = _gradients(case, shape)
+    # Gradients of a weight wait in autograd until every forward that used it has sent its part;
+    # with one forward they go straight into what accumulates.
+    waits = not case.accumulates or len(forwards) > 1
+    waiting = 0
+    for forward in reversed(forwards):
+        tokens = forward.num_tokens
+        yield "backward", held + waiting + head.backward_bytes(forward)
+        held -= head.saved_bytes(forward)
+        is_first = forward is forwards[-1] and waiting == 0
+        new_head = grads.head if is_first and waits else 0
+        new_layers = grads.layers if is_first and waits else 0
+        graph, ends = graph_bytes(case, shape, layer, forward), layer.ends_per_token * tokens
+        again = layer.saved_per_token * tokens + layer.weight_copies if case.checkpoints else 0
+        working = layer.working_per_token * tokens + grads.matrix + again
+        stream = layer.output_per_token * tokens
+        # The top: everything is kept, and the last norm or the last layer works.
+        kept = held + waiting + new_head
+        yield "backward", kept + stream + 3 * FP32 * shape.hidden * tokens
+        yield "backward", kept + working - ends
+        # The bottom: one layer is left, and every gradient is there.
+        held -= graph
+        kept = held + waiting + new_head + new_layers
+        yield "backward", kept + working + (graph - ends) // shape.num_layers
+        # A tied head's gradient, the embedding's, and their sum.
+        yield "backward", kept + stream + grads.head * (2 if shape.is_tied else 1)
+        if is_first and waits:
+            waiting = grads.head * (1 if shape.is_tied else 2) + grads.layers
+
+
+@dataclass(frozen=True, slots=True)
+class _Gradients:
+    """Bytes of the gradients of one forward; adapters have none at the head."""
+
+    head: int
+    layers: int
+    matrix: int
+    """Of the largest matrix of a layer."""
+
+
+def _gradients(case: StepCase, shape: ModelShape) -> _Gradients:
+    trained = trained_bytes(case)
+    if case.lora_r is not None:
+        return _Gradients(0, trained, 0)
+    weight = Precision.of(case).weights
+    head = weight * shape.head_parameters
+    heads = head * (1 if shape.is_tied else 2)
+    return _Gradients(head, trained - heads, weight * shape.hidden * shape.intermediate)
+
+
+def _optimizer_peak(case: StepCase, shape: ModelShape) -> int:
+    """What the update of the weights takes beside gradients and moments."""
+    trained = trained_bytes(case)
+    if case.optimizer == "adamw_torch":
+        return trained
+    if case.optimizer == "adafactor" and case.lora_r is None:
+        return 2 * FP32 * shape.largest_matrix
+    return 0
