@@ -1,0 +1,178 @@
+"""The package's own step under its executors, and the reference that every step must equal."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from step_baselines import (
+    CHANNELS,
+    SIDES,
+    WEIGHTS,
+    Setting,
+    pair_rows,
+    rollout_rows,
+)
+from step_flops import Forward
+from step_workload import Ids, Pair, Workload, step_tensors, unique_tokens
+from torch import Tensor
+
+from composer_replication.batch.batches import Rollout
+from composer_replication.step.channels import CHANNELS as CHANNEL_TABLE
+from composer_replication.step.optimizer_step import channel_sums, total_loss
+from composer_replication.step.scores import Executor
+from composer_replication.step.separate import score_separately
+
+DRIFT = 0.2
+"""Nats that sampler and reference differ from the policy by, so that ratios clip and pairs pull."""
+
+
+class OurStep:
+    """The package's step under one of its executors."""
+
+    def __init__(
+        self, name: str, setting: Setting, executor: Executor, channels: tuple[str, ...] = CHANNELS
+    ) -> None:
+        self.name = name
+        self.channels = channels
+        self._setting = setting
+        self._executor = executor
+
+    def loss(self, part: Workload) -> Tensor:
+        """Channel sums over the counts of the whole step."""
+        setting = self._setting
+        sums = channel_sums(
+            setting.model,
+            step_tensors(part, setting.device),
+            self.channels,
+            setting.step_settings(),
+            setting.own_teacher,
+            executor=self._executor,
+        )
+        return total_loss(sums, WEIGHTS, setting.counts)
+
+    def work(self, part: Workload) -> list[Forward]:
+        """Each merged token once; a teacher with other weights has a tree of its own."""
+        policy = rollout_rows(part)
+        scored = _sampled_prefixes(part)
+        teacher: list[tuple[Ids, Ids]] = []
+        if "sdpo" in self.channels:
+            students = [(site.context, site.action) for site in part.sites]
+            pairs = [row for side in SIDES for row in pair_rows(part, side)]
+            policy += students + pairs
+            scored |= _action_prefixes(students + pairs)
+            teacher = [(site.hinted, site.action) for site in part.sites]
+        tokens, attended = unique_tokens([(*c, *a) for c, a in policy])
+        work = [Forward(tokens, attended, len(scored))]
+        if teacher:
+            shared = policy if self._setting.own_teacher is None else []
+            all_tokens, all_attended = unique_tokens([(*c, *a) for c, a in shared + teacher])
+            if shared:
+                # Riding in the policy's tree, the teacher adds what it does not share with it.
+                all_tokens, all_attended = all_tokens - tokens, all_attended - attended
+            num_hinted = len(_action_prefixes(teacher))
+            work.append(Forward(all_tokens, all_attended, num_hinted, is_trained=False))
+        return work
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The step by the `separate` executor, one row at a time."""
+
+    workload: Workload
+    """With the log-probs of sampler and reference filled in."""
+    loss: dict[str, float]
+    """Of each set of channels, joined by `+`."""
+    loss_scale: float
+    """Sum of the absolute losses of all rows: what a loss error is relative to."""
+    grads: dict[str, list[Tensor]]
+    """Of each parameter that trains, for each set of channels."""
+
+
+def reference_step(setting: Setting, workload: Workload, seed: int) -> Reference:
+    """Score each row alone, draw sampler and reference around the policy, and backpropagate.
+
+    GRPO's rows come first, so that its gradient alone is known too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rollouts: list[Rollout] = []
+    pairs: list[Pair] = []
+    losses: dict[str, float] = dict.fromkeys(CHANNELS, 0.0)
+    loss_scale = 0.0
+    grpo_grads: list[Tensor] = []
+    for part in _single_rows(workload):
+        if not part.rollouts and not grpo_grads:
+            grpo_grads = gradients(setting, copy=True)
+        tensors = step_tensors(part, setting.device)
+        scored = [c for c in CHANNELS if CHANNEL_TABLE[c].count(tensors) > 0]
+        needs = frozenset(CHANNEL_TABLE[c].data for c in scored)
+        scores = score_separately(
+            setting.model, tensors, needs, setting.step_settings(), setting.own_teacher
+        )
+        if scores.policy_logp is not None:
+            drift = torch.randn(scores.policy_logp.shape, generator=generator) * DRIFT
+            old_logp = scores.policy_logp.detach() + drift.to(setting.device)
+            tensors["old_per_token_logps"] = old_logp
+            rollouts.append(replace(part.rollouts[0], old_logp=tuple(old_logp[0].tolist())))
+        if scores.chosen_logp is not None and scores.rejected_logp is not None:
+            drift = torch.randn(2, generator=generator) * 10 * DRIFT
+            chosen = float(scores.chosen_logp.detach()) + float(drift[0])
+            rejected = float(scores.rejected_logp.detach()) + float(drift[1])
+            tensors["dpo_chosen_ref_logprobs"] = torch.tensor([chosen], device=setting.device)
+            tensors["dpo_rejected_ref_logprobs"] = torch.tensor([rejected], device=setting.device)
+            pairs.append(replace(part.pairs[0], ref_chosen_logp=chosen, ref_rejected_logp=rejected))
+        for name in scored:
+            channel = CHANNEL_TABLE[name].sum_loss(scores, tensors, setting.step_settings())
+            loss = WEIGHTS[name] * channel.loss_sum / setting.counts[name]
+            loss.backward()
+            losses[name] += float(loss.detach())
+            loss_scale += abs(float(loss.detach()))
+    whole = gradients(setting, copy=True)
+    setting.model.zero_grad(set_to_none=True)
+    return Reference(
+        Workload(tuple(rollouts), workload.sites, tuple(pairs)),
+        {"grpo": losses["grpo"], "+".join(CHANNELS): sum(losses.values())},
+        loss_scale,
+        {"grpo": grpo_grads or whole, "+".join(CHANNELS): whole},
+    )
+
+
+def gradients(setting: Setting, *, copy: bool) -> list[Tensor]:
+    """Of each parameter that trains, in order; an unused one has zeros."""
+    grads = [
+        torch.zeros_like(p) if p.grad is None else p.grad
+        for p in setting.model.parameters()
+        if p.requires_grad
+    ]
+    return [grad.clone() for grad in grads] if copy else grads
+
+
+def gradient_errors(grads: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Of each parameter: the norm of the difference over the norm of what is expected."""
+    return [
+        float((grad - want).norm() / want.norm().clamp(min=torch.finfo(want.dtype).tiny))
+        for grad, want in zip(grads, expected, strict=True)
+    ]
+
+
+def _single_rows(workload: Workload) -> Iterator[Workload]:
+    """Rollouts, then sites, then pairs, each alone."""
+    for rollout in workload.rollouts:
+        yield Workload((rollout,), (), ())
+    for site in workload.sites:
+        yield Workload((), (site,), ())
+    for pair in workload.pairs:
+        yield Workload((), (), (pair,))
+
+
+def _action_prefixes(rows: Sequence[tuple[Ids, Ids]]) -> set[Ids]:
+    """What precedes each scored token: distinct ones are distinct rows of the head."""
+    return {(*context, *action[:end]) for context, action in rows for end in range(len(action))}
+
+
+def _sampled_prefixes(part: Workload) -> set[Ids]:
+    return {
+        (*rollout.prompt_ids, *rollout.completion_ids[:end])
+        for rollout in part.rollouts
+        for end, is_sampled in enumerate(rollout.action_mask)
+        if is_sampled
+    }

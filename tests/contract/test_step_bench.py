@@ -1,0 +1,116 @@
+"""`bench/step.py` on a tiny model: every key, equal steps, honest FLOPs, refusals."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from composer_replication.errors import ConfigError
+from composer_replication.step.separate import score_separately
+from composer_replication.training.model_source import load_model
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests" / "numerics")]
+bench = importlib.import_module("step")
+flops = importlib.import_module("step_flops")
+workloads = importlib.import_module("step_workload")
+families = importlib.import_module("tiny_families")
+
+SIZES = {"prefix": 12, "rollouts": 3, "action": 4, "hint": 3, "pairs": 2, "repeats": 1}
+SMALL = [text for name, size in SIZES.items() for text in (f"--{name}", str(size))]
+NAMED = ("naive", "good", "grpo_trl", "grpo_ours", "ours")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors here are tiny: waiting for a second thread costs more than it brings."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    families.tiny_model("qwen2", dtype=torch.float32, vocab_size=64).save_pretrained(folder)
+    families.chat_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def run_bench(folder, *flags):
+    args = bench.parse_args(["--model", folder, *SMALL, *flags])
+    return json.loads(json.dumps(bench.measure(args, load_model(folder))))
+
+
+def test_the_report_has_every_key_and_every_step_equals_the_separate_executor(tiny_folder):
+    report = run_bench(tiny_folder, "--whole-step")
+    for key in ("step_s", "peak_gib", "tokens", "flops", "flops_per_s", "rows_per_forward"):
+        assert tuple(report[key]) == NAMED, key
+    assert tuple(report["ratios"]) == NAMED[:-1]
+    assert tuple(report["flops_limit_ratio"]) == ("naive", "good")
+    # The steps themselves compute in fp32: 1e-5 is what they may differ by.
+    assert max(report["loss_errors"].values()) < 1e-6
+    assert max(report["grad_errors"].values()) < 1e-5
+    assert report["whole_step"]["rollout_s"] > 0
+    assert report["peak_above_model_gib"]["naive"] > report["peak_tensor_gib"]["ours"] > 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--trajectories", "--teacher", "ema", "--turns", "3"],
+        ["--disjoint", "--teacher", "frozen", "--max-rows", "1"],
+        ["--pairs", "0", "--max-rows", "2"],
+    ],
+)
+def test_other_workloads_and_micro_batches_give_the_same_gradients(tiny_folder, flags):
+    report = run_bench(tiny_folder, *flags)
+    assert max(report["loss_errors"].values()) < 1e-6
+    assert max(report["grad_errors"].values()) < 1e-5
+
+
+def test_a_step_with_another_gradient_is_not_timed(tiny_folder, monkeypatch):
+    def forgetful(*args, **keywords):
+        scores = score_separately(*args, **keywords)
+        if scores.divergence is not None:
+            scores.divergence = scores.divergence.detach()
+        return scores
+
+    monkeypatch.setattr(bench, "OUR_EXECUTOR", forgetful)
+    with pytest.raises(SystemExit, match="ours differs from the separate executor"):
+        run_bench(tiny_folder, "--variants", "ours")
+
+
+def test_counted_flops_are_those_that_torch_counts(tiny_folder):
+    model = load_model(tiny_folder, attn_implementation="eager").model
+    rows, tokens = 2, 10
+    ids = torch.arange(1, rows * tokens + 1).view(rows, tokens)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids).logits.sum().backward()
+    # Eager attention computes the whole square of the causal half.
+    work = flops.Forward(rows * tokens, rows * tokens**2, rows * tokens)
+    assert flops.model_size(model).flops([work]) == counter.get_total_flops()
+
+
+def test_merged_prefixes_are_counted_once():
+    rows = [(1, 2, 3), (1, 2, 4), (1, 2), (5,)]
+    assert workloads.unique_tokens(rows) == (5, 1 + 2 + 3 + 3 + 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--rollouts", "1"], "--rollouts is 1"),
+        (["--action", "0"], "--action is 0"),
+        (["--variants", "naive"], "--variants leaves out ours"),
+        (["--whole-step", "--disjoint"], "--whole-step"),
+    ],
+)
+def test_flags_that_make_no_step_are_refused_by_name(flags, named):
+    with pytest.raises(ConfigError, match=named):
+        bench.parse_args(flags)
