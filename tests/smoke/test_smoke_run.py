@@ -81,11 +81,14 @@ def test_the_summary_holds_the_notes_figures_and_no_zero_stands_for_unknown(fini
     assert summary["steps"] == 3
     assert 0 < summary["median_step_s"] <= summary["p95_step_s"] <= summary["total_s"]
     assert 0 < summary["peak_gib"] <= summary["peak_gib_max_shape"]
-    assert {"load", "rollout", "step", "save", "checks", "resume"} <= summary["phases_s"].keys()
+    phases_s = summary["phases_s"]
+    assert {"load", "rollout", "step", "save", "checks", "resume", "cold_start"} <= phases_s.keys()
+    assert phases_s["download"] == 0
+    assert 0 < phases_s["rollout"] < phases_s["step"]
     assert set(summary["channels"]) == {"grpo", "sdpo", "dpo"}
     assert any("top_k = 100" in note for note in summary["notes"])
     assert summary["cost_usd"] is None
-    assert summary["peak_tensor_gib"] is None
+    assert 0 < summary["peak_tensor_gib"] < summary["peak_gib_max_shape"]
 
 
 def test_the_saved_model_loads_as_it_is_and_has_moved(finished, tiny_model_dir):
@@ -131,6 +134,7 @@ def test_fixed_shapes_sample_nothing_and_fill_every_row(tiny_model_dir, tmp_path
     assert rows[0]["loss/dpo"] == pytest.approx(0.693147, abs=1e-4)
     summary = json.loads((out / "summary.json").read_text())
     assert any("Fixed shapes" in note for note in summary["notes"])
+    assert 0 < summary["peak_tensor_gib"] < summary["peak_gib"]
 
 
 def test_a_channel_switched_off_leaves_no_trace(tiny_model_dir, tmp_path):
@@ -213,6 +217,9 @@ def test_training_resumes_and_the_rows_equal_an_uninterrupted_run(tiny_model_dir
         row.pop("epoch")
     assert second == first
     assert (stopped / "model/model.safetensors").is_file()
+    summary = json.loads((whole / "summary.json").read_text())
+    assert 0 < summary["peak_tensor_gib"] < summary["peak_gib"]
+    assert {"cold_start", "download", "load", "rollout", "step", "save"} == set(summary["phases_s"])
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ from composer_replication.experiments.run_data import Row
 from composer_replication.traces.hints import HintSite
 from composer_replication.traces.pairs import PreferencePair
 from composer_replication.traces.trace import messages_from
-from composer_replication.training.metrics import StepClock, peak_gib, reset_peak
+from composer_replication.training.metrics import StepClock, peak_gib
 from composer_replication.training.references import fill_references, score_references
 from composer_replication.training.teacher import PolicyTeacher
+from composer_replication.training.tensor_memory import tensor_peak_gib
 from composer_replication.training.trainer import ComposerReplicationTrainer
 from composer_replication.units import gib
 
@@ -39,6 +40,8 @@ class ExtraStep:
     loss: float
     activation_gib: float | None = None
     """Peak of the allocator above what was held before the step; None on CPU, not measured."""
+    peak_tensor_gib: float | None = None
+    """Peak of the tensors alone; None where it was not measured."""
 
 
 def longest_prompt(prompts: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> int:
@@ -113,19 +116,22 @@ def _run(
         shape = inputs["completion_ids"].shape
         inputs["ref_per_token_logps"] = torch.full(shape, -1e3, device=device)
     clock = StepClock(device)
-    reset_peak(device)
     model = cast(nn.Module, trainer.model_wrapped)
     model.train()
     held_gib = allocated_gib(device)
-    clock.start("step")
-    loss = trainer.compute_loss(model, inputs)
-    trainer.accelerator.backward(loss)
-    step_s = clock.stop("step")
+    with tensor_peak_gib(device) as read_tensor_peak_gib:
+        clock.start("step")
+        loss = trainer.compute_loss(model, inputs)
+        trainer.accelerator.backward(loss)
+        step_s = clock.stop("step")
+        tensor_peak = read_tensor_peak_gib()
     peak = peak_gib(device)
     cast(nn.Module, trainer.model).zero_grad(set_to_none=True)
     num_rows = len(rollouts["prompt_ids"])
     activation_gib = None if held_gib is None else peak - held_gib
-    return ExtraStep(num_rows, num_tokens, step_s, peak, loss.item(), activation_gib)
+    return ExtraStep(
+        num_rows, num_tokens, step_s, peak, loss.item(), activation_gib, peak_tensor_gib=tensor_peak
+    )
 
 
 def _with_current_references(

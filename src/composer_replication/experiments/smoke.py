@@ -25,6 +25,7 @@ from composer_replication.experiments.last_steps import LastSteps
 from composer_replication.experiments.live_table import LiveTable
 from composer_replication.experiments.quiet_libraries import quiet_libraries, without_printed_logs
 from composer_replication.experiments.resume_check import EndOfRun, check_resume, end_of_run
+from composer_replication.experiments.run_phases import cold_start_s, download_s
 from composer_replication.experiments.saved_model import save_model
 from composer_replication.experiments.smoke_checks import SmokeChecks, notes_on_checks
 from composer_replication.experiments.smoke_summary import (
@@ -44,6 +45,7 @@ from composer_replication.runs.run_directory import RunDirectory
 from composer_replication.runs.summary import Summary
 from composer_replication.training.metrics import StepMetricsCallback, peak_gib, reset_peak
 from composer_replication.training.model_source import LoadedModel
+from composer_replication.training.tensor_memory import TensorPeakCallback
 from composer_replication.training.trainer import ComposerReplicationTrainer
 
 MAX_STEPS = 50
@@ -57,6 +59,7 @@ class _Smoke:
     label: str
     trainer: ComposerReplicationTrainer
     metrics: StepMetricsCallback
+    tensors: TensorPeakCallback
     last_steps: LastSteps
     checks: SmokeChecks
 
@@ -75,7 +78,7 @@ def run_smoke(config: RunConfig, run: RunDirectory, console: Console) -> Summary
         InputError: something that could not work; no step was run.
         TrainingError: a step whose loss is not finite.
     """
-    started_s = time.perf_counter()
+    started_s, cold_s = time.perf_counter(), cold_start_s()
     overrides = _overrides(config)
     parts = prepare(config, run, overrides=overrides)
     _require_hints(parts)
@@ -89,6 +92,7 @@ def run_smoke(config: RunConfig, run: RunDirectory, console: Console) -> Summary
         seen.checks.append(check_resume(config, run, end, checkpoint, overrides | cache))
     finally:
         shutil.rmtree(run.checkpoints_dir, ignore_errors=True)
+    seen.phases_s = {"cold_start": cold_s, **seen.phases_s}
     seen.phases_s["resume"] = time.perf_counter() - resume_started_s
     seen.total_s = time.perf_counter() - started_s
     summary = summarise(seen)
@@ -132,7 +136,8 @@ def _train_and_judge(
     peak = peak_gib(device())
     step_s = smoke.metrics.clock.total_s["step"]
     checks = smoke.checks.judge(rows)
-    phases_s = {"load": load_s, **trainer.clock.total_s, "step": step_s}
+    phases_s = {"download": download_s(loaded), "load": load_s}
+    phases_s |= {**trainer.clock.total_s, "step": step_s}
     phases_s["checks"] = smoke.checks.seconds
     largest, top_k = _extra_steps(trainer, parts)
     activations = None if largest is None else check_activations(parts.model_spec, largest)
@@ -141,12 +146,14 @@ def _train_and_judge(
     phases_s["save"] = time.perf_counter() - save_started_s
     # Copies of the weights: taken last, so that no measured peak holds them.
     end = end_of_run(trainer, rows, run.rollouts_dir)
+    tensor_peak = smoke.tensors.peak_gib if largest is None else largest.peak_tensor_gib
     seen = SmokeMeasurements(
         label=smoke.label,
         channel_weights=trainer.channel_weights,
         rows=rows,
         phases_s=phases_s,
         peak_gib=peak,
+        peak_tensor_gib=tensor_peak,
         largest_shape=largest,
         top_k=top_k,
         checks=checks if activations is None else [*checks, activations],
@@ -164,7 +171,9 @@ def _build(parts: RunParts, loaded: LoadedModel, run: RunDirectory, console: Con
     last_steps = LastSteps(
         parts.args.max_steps, budget_s=config.time_budget_s if has_budget else None
     )
-    trainer = build_trainer(parts, loaded, [metrics, last_steps])
+    # Where something is sampled, the step at the largest shape is measured instead.
+    tensors = TensorPeakCallback(device(), is_on=config.fixed_shapes is not None)
+    trainer = build_trainer(parts, loaded, [metrics, tensors, last_steps])
     without_printed_logs(trainer)
     parts.notes.extend(notes_on_checks(trainer.channel_weights, asked_steps=config.steps))
     for note in parts.notes:
@@ -174,7 +183,7 @@ def _build(parts: RunParts, loaded: LoadedModel, run: RunDirectory, console: Con
         "dpo": parts.config.beta_replay,
     }
     checks = SmokeChecks(trainer, {name: weight for name, weight in weights.items() if weight > 0})
-    return _Smoke(loaded.label, trainer, metrics, last_steps, checks)
+    return _Smoke(loaded.label, trainer, metrics, tensors, last_steps, checks)
 
 
 def _extra_steps(

@@ -22,8 +22,9 @@ class SmokeMeasurements:
     """The model as a reader knows it."""
     channel_weights: Mapping[str, float]
     rows: list[MetricsRow]
-    phases_s: dict[str, float]
+    phases_s: dict[str, float | None]
     peak_gib: float
+    peak_tensor_gib: float | None
     largest_shape: ExtraStep | None
     top_k: ExtraStep | None
     checks: list[Check]
@@ -50,6 +51,7 @@ def summarise(seen: SmokeMeasurements) -> Summary:
         p95_step_s=percentile(timed, 0.95),
         total_s=seen.total_s,
         peak_gib=seen.peak_gib,
+        peak_tensor_gib=seen.peak_tensor_gib,
         peak_gib_max_shape=seen.largest_shape.peak_gib if seen.largest_shape else seen.peak_gib,
         phases_s=dict(seen.phases_s),
         channels={n: channel_figures(seen.rows, n) for n in ("grpo", *seen.channel_weights)},
@@ -83,7 +85,7 @@ def print_figures(
             line("  check", f"{check.name}: {check.value} (bound {check.bound}). {check.cause}")
     num_passed = sum(check.passed for check in summary.checks)
     line("checks", f"{num_passed} of {len(summary.checks)} passed")
-    phases = ", ".join(f"{name} {value:.1f}" for name, value in seen.phases_s.items())
+    phases = ", ".join(f"{k} {v:.1f}" for k, v in seen.phases_s.items() if v is not None)
     line(
         "time",
         f"median step {summary.median_step_s:.2f} s, p95 {summary.p95_step_s:.2f} s; "
@@ -107,6 +109,8 @@ def _memory_text(seen: SmokeMeasurements) -> str:
             f"; largest shape ({shape.num_rows} x {shape.num_tokens} tokens) "
             f"{shape.peak_gib:.2f} GiB, {shape.step_s:.2f} s"
         )
+    if seen.peak_tensor_gib is not None:
+        text += f"; tensors alone {seen.peak_tensor_gib:.2f} GiB"
     return text
 
 

@@ -12,6 +12,7 @@ from composer_replication.config.run_config import RunConfig
 from composer_replication.experiments.live_table import LiveTable
 from composer_replication.experiments.quiet_libraries import quiet_libraries, without_printed_logs
 from composer_replication.experiments.run_figures import channel_checks, channel_figures, percentile
+from composer_replication.experiments.run_phases import cold_start_s, download_s
 from composer_replication.experiments.saved_model import save_model
 from composer_replication.experiments.trainer_setup import (
     build_trainer,
@@ -24,6 +25,7 @@ from composer_replication.runs.checkpoint_folders import checkpoint_step, newest
 from composer_replication.runs.run_directory import RunDirectory
 from composer_replication.runs.summary import Summary
 from composer_replication.training.metrics import StepMetricsCallback, peak_gib, reset_peak
+from composer_replication.training.tensor_memory import TensorPeakCallback
 from composer_replication.training.trainer import ComposerReplicationTrainer
 
 
@@ -44,7 +46,7 @@ def run_train(
         InputError: something that could not work; no step was run.
         TrainingError: a step whose loss is not finite.
     """
-    started_s = time.perf_counter()
+    started_s, cold_s = time.perf_counter(), cold_start_s()
     checkpoint = _place_to_go_on(run, console) if resume else None
     # A smoke's file may be trained as it is; its fixed shapes are the smoke's alone.
     parts = prepare(config.model_copy(update={"smoke": SmokeConfig()}), run, overrides={})
@@ -57,7 +59,8 @@ def run_train(
     metrics = StepMetricsCallback(
         device(), run.append_metrics, LiveTable(console).add, earlier_rows=earlier_rows
     )
-    trainer = build_trainer(parts, loaded, [metrics])
+    tensors = TensorPeakCallback(device())
+    trainer = build_trainer(parts, loaded, [metrics, tensors])
     without_printed_logs(trainer)
     for note in parts.notes:
         console.print(f"note  {note}", highlight=False, soft_wrap=True)
@@ -78,7 +81,10 @@ def run_train(
         p95_step_s=percentile(timed, 0.95) if timed else None,
         total_s=time.perf_counter() - started_s,
         peak_gib=peak_gib(device()),
+        peak_tensor_gib=tensors.peak_gib,
         phases_s={
+            "cold_start": cold_s,
+            "download": download_s(loaded),
             "load": load_s,
             **trainer.clock.total_s,
             "step": metrics.clock.total_s.get("step", 0.0),

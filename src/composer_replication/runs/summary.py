@@ -80,7 +80,8 @@ class Summary(BaseModel):
     peak_gib_max_shape: Figure = None
     """`peak_gib` of the step at the largest shape that the run can meet; GiB."""
     phases_s: dict[str, Figure] = Field(default_factory=dict[str, Figure])
-    """Seconds of each phase: cold_start, download, load, rollout, step, save."""
+    """Seconds of each phase: cold_start (the process before the run), download (0: nothing to
+    fetch; null: `load` fetched the weights), load, rollout, step (rollouts included), save."""
     cost_usd: Figure = None
     """What was billed, in USD; null where nothing is billed."""
     channels: dict[str, dict[str, Figure]] = Field(default_factory=dict[str, dict[str, Figure]])

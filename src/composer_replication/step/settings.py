@@ -9,6 +9,7 @@ from torch import nn
 
 # Opens the weights that score as the teacher; None stands for the live policy.
 TeacherContext = Callable[[], AbstractContextManager[nn.Module]]
+TeacherKind = Literal["live", "ema", "frozen"]
 
 
 @dataclass(frozen=True, slots=True)

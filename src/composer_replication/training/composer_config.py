@@ -12,10 +12,9 @@ from composer_replication.step.settings import (
     GRPOSettings,
     SDPOSettings,
     StepSettings,
+    TeacherKind,
 )
 from composer_replication.training.trl_hooks import GRPOConfig
-
-TeacherKind = Literal["live", "ema", "frozen"]
 
 DEFAULT_ALPHA_SDPO = 0.1
 DEFAULT_BETA_REPLAY = 0.05

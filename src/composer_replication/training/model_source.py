@@ -64,6 +64,8 @@ class LoadedModel:
     has_random_weights: bool
     spec: str
     """What the user gave."""
+    had_weights: bool
+    """False where reading the weights fetched them from the hub, so its time holds both."""
 
 
 def load_model(
@@ -109,7 +111,7 @@ def load_model(
         )
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return LoadedModel(model, tokenizer, model_label(spec), is_shape, spec)
+    return LoadedModel(model, tokenizer, model_label(spec), is_shape, spec, files.has_weights)
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,8 @@ class _ModelFiles:
     """What `from_pretrained` reads."""
     is_local: bool
     """True when nothing is to be asked of the hub."""
+    has_weights: bool
+    """False where the weights are still to be fetched."""
     config: PreTrainedConfig
 
 
@@ -239,10 +243,10 @@ def _find(spec: str, on_progress: Callable[[str], None] | None) -> _ModelFiles:
     """The files of a spec with a checked configuration; converts the embedded model if need be."""
     if spec == EMBEDDED_SPEC:
         folder = embedded_model_dir(on_progress=on_progress)
-        return _ModelFiles(folder, True, AutoConfig.from_pretrained(folder))
+        return _ModelFiles(folder, True, True, AutoConfig.from_pretrained(folder))
     if spec.startswith(SHAPE_PREFIX):
         config = shape_config(spec.removeprefix(SHAPE_PREFIX))
-        return _ModelFiles(embedded_model_dir(on_progress=on_progress), True, config)
+        return _ModelFiles(embedded_model_dir(on_progress=on_progress), True, True, config)
     local_folder = _local_folder(spec)
     # huggingface_hub retries for 23 s per file when there is no network; one question is quicker.
     is_local = local_folder is not None or not hub_is_reachable()
@@ -254,7 +258,7 @@ def _find(spec: str, on_progress: Callable[[str], None] | None) -> _ModelFiles:
             f"{spec}: {folder} has a config.json but lacks {missing}, so there are no weights to "
             "train. Copy or download the complete model."
         )
-    return _ModelFiles(local_folder or spec, is_local, config)
+    return _ModelFiles(local_folder or spec, is_local, missing is None, config)
 
 
 def _local_folder(spec: str) -> Path | None:

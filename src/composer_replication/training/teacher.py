@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 from composer_replication.step.hidden_states import causal_lm
 from composer_replication.step.separate import in_eval_mode
+from composer_replication.step.settings import TeacherKind
 from composer_replication.training.adapter_teacher import AdapterAverageTeacher
-from composer_replication.training.composer_config import TeacherKind
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
