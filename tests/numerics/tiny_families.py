@@ -5,6 +5,7 @@ embeddings, sliding windows shorter than every row, several experts.
 """
 
 import dataclasses
+import functools
 
 import torch
 import transformers
@@ -115,6 +116,31 @@ def tiny_model(family, *, dtype=torch.float64, seed=0, **changes):
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
     return model.train()
+
+
+def exact_norms(model):
+    """The model with norms in its own precision; transformers computes them in fp32 whatever it is.
+
+    An fp32 backward rounds the sum of two gradients differently from two gradients, by 1e-8.
+    """
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(_rms_norm, module)
+        elif type(module).__name__ == "CohereLayerNorm":
+            module.forward = functools.partial(_centred_norm, module)
+    return model
+
+
+def _rms_norm(module, hidden):
+    eps = getattr(module, "variance_epsilon", None) or module.eps
+    scale = module.weight + 1 if "Gemma" in type(module).__name__ else module.weight
+    return scale * hidden * (hidden.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def _centred_norm(module, hidden):
+    centred = hidden - hidden.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return module.weight * centred * (variance + module.variance_epsilon).rsqrt()
 
 
 def chat_tokenizer():

@@ -87,14 +87,14 @@ def generalized_jsd(
             f"logits for {tuple(teacher_logits.shape[:-1])}; a token has no counterpart. "
             "Slice both to the same completion tokens."
         )
-    _check_vocabulary(policy_logits.shape[-1], teacher_logits.shape[-1], options)
+    check_vocabulary(policy_logits.shape[-1], teacher_logits.shape[-1], options)
     rows = LogitDivergence.apply(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         policy_logits.flatten(0, -2),
         teacher_logits.detach().flatten(0, -2),
         options,
         torch.is_grad_enabled(),
     )
-    return _clip_tokens(cast("Tensor", rows), options).reshape(policy_logits.shape[:-1])
+    return clip_tokens(cast("Tensor", rows), options).reshape(policy_logits.shape[:-1])
 
 
 def generalized_jsd_loss(
@@ -223,7 +223,7 @@ def fused_generalized_jsd(
             f"policy_hidden has {policy_hidden.shape[0]} rows and teacher_hidden "
             f"{teacher_hidden.shape[0]}; a token has no counterpart. Pass aligned rows."
         )
-    _check_vocabulary(policy.weight.shape[0], teacher.weight.shape[0], options)
+    check_vocabulary(policy.weight.shape[0], teacher.weight.shape[0], options)
     rows = _FusedDivergence.apply(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         policy_hidden,
         policy.weight,
@@ -235,10 +235,11 @@ def fused_generalized_jsd(
         tile_rows_for(policy_hidden, tile_rows),
         torch.is_grad_enabled(),
     )
-    return _clip_tokens(cast("Tensor", rows), options)
+    return clip_tokens(cast("Tensor", rows), options)
 
 
-def _check_vocabulary(num_policy: int, num_teacher: int, options: DivergenceOptions) -> None:
+def check_vocabulary(num_policy: int, num_teacher: int, options: DivergenceOptions) -> None:
+    """Raise when two vocabularies cannot be compared under these options."""
     if num_policy != num_teacher:
         raise DataError(
             f"the policy has {num_policy} vocabulary entries and the teacher {num_teacher}; "
@@ -257,9 +258,8 @@ def _check_vocabulary(num_policy: int, num_teacher: int, options: DivergenceOpti
         )
 
 
-def _clip_tokens(
-    divergence: Float[Tensor, " N"], options: DivergenceOptions
-) -> Float[Tensor, " N"]:
+def clip_tokens(divergence: Float[Tensor, " N"], options: DivergenceOptions) -> Float[Tensor, " N"]:
+    """Each divergence scaled down to the clip by token; others as they are."""
     if options.clip != "token" or options.clip_value is None:
         return divergence
     # A constant factor: min(d, c) itself would stop the gradient of exactly the tokens that

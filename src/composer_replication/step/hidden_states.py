@@ -17,6 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from composer_replication.errors import ConfigError, ModelError
 from composer_replication.losses.head import OutputHead
+from composer_replication.step.tree_attention import TreeKernel, follow_trees
+from composer_replication.step.trie import PrefixTree
 
 _MAX_HEAD_ERROR = 0.02
 """Of the largest logit. bf16 rounds logits by 0.004 of their size; a soft cap or a scale that is
@@ -53,9 +55,44 @@ def final_hidden_states(
     return hidden
 
 
+def tree_hidden_states(
+    model: nn.Module, tree: PrefixTree, kernel: TreeKernel
+) -> Float[Tensor, "T H"]:
+    """The same for every row of a prefix tree, laid out as one long sequence.
+
+    Raises:
+        ConfigError: DDP that broadcasts buffers.
+        ModelError: an architecture that a prefix tree does not reproduce.
+    """
+    follow_trees(causal_lm(model))
+    device = next(model.parameters()).device
+    hidden, _ = _forward(
+        model,
+        input_ids=tree.token_ids.to(device)[None],
+        position_ids=tree.positions.to(device)[None],
+        # Given in four dims, transformers takes a mask as it is. Without one it would look at the
+        # positions, take each branch for a document of its own and build its own mask.
+        attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),
+        prefix_tree=kernel,
+    )
+    return hidden[0]
+
+
 def _hidden_and_last_logits(
     model: nn.Module, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]
 ) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B V"]]:
+    return _forward(
+        model,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
+    )
+
+
+def _forward(
+    model: nn.Module, **inputs: object
+) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B V"]]:
+    """Final hidden states and the last position's logits of one forward through every wrapper."""
     _refuse_buffer_broadcasts(model)
     captured: list[Tensor] = []
 
@@ -64,13 +101,7 @@ def _hidden_and_last_logits(
 
     handle = _decoder(causal_lm(model)).register_forward_hook(capture)
     try:
-        output = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=1,
-        )
+        output = model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
     return captured[0], output.logits[:, -1]
