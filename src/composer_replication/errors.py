@@ -66,6 +66,10 @@ class MissingDependencyError(InputError, ImportError):
     """An optional package that the asked-for feature needs is not installed."""
 
 
+class SandboxUnavailableError(InputError, RuntimeError):
+    """Model-written code that this machine cannot confine; it did not run."""
+
+
 class TrainingError(ComposerError, RuntimeError):
     """A step that cannot train: a loss that is not finite, or a channel without data."""
 

