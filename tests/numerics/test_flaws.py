@@ -44,6 +44,7 @@ STEP_CHANGES = {
     ("sdpo", "tail"): ({"top_k": 3}, True),
     ("sdpo", "clip"): ({"clip": "token", "clip_value": 1e-3}, "entry"),
     ("sdpo", "clip_value"): ({"clip": "token", "clip_value": 1e-3}, 1e-4),
+    ("sdpo", "entropy_scale"): ({}, 1.5),
     ("dpo", "beta"): ({}, 0.4),
     ("dpo", "label_smoothing"): ({}, 0.2),
 }
@@ -66,6 +67,9 @@ KEY_CHANGES = {
     "sdpo.tail": ("sdpo_tail", True),
     "sdpo.clip": ("sdpo_clip", "token"),
     "sdpo.clip_value": ("sdpo_clip_value", 0.5),
+    "sdpo.entropy_scale": ("sdpo_entropy_scale", 1.5),
+    "sdpo.routing": ("rollout_routing", "failures"),
+    "sdpo.success_reward": ("success_reward", 0.7),
     "sdpo.hint_placement": ("hint_placement", "user_turn"),
     "sdpo.actions": ("hint_site_actions", "recorded"),
     "sdpo.sites_per_step": ("hint_sites_per_step", 5),

@@ -195,6 +195,22 @@ SDPO = (
     ),
     mutant(
         "divergence",
+        "entropy_weight_left_out_of_the_gradient",
+        "        grad *= weight[:, None]\n",
+        "",
+        sdpo_checks.gradient_equals_finite_differences,
+        sdpo_checks.a_token_counts_as_much_as_its_teacher_is_sure,
+    ),
+    mutant(
+        "divergence",
+        "entropy_multiplied_by_its_scale",
+        ".div_(-scale)",
+        ".mul_(-scale)",
+        sdpo_checks.equals_the_plain_python_oracle,
+        sdpo_checks.a_token_counts_as_much_as_its_teacher_is_sure,
+    ),
+    mutant(
+        "divergence",
         "tail_dropped",
         "    if not options.tail:\n        return chosen, chosen[:, :1]",
         "    return chosen, chosen[:, :1]",

@@ -15,7 +15,7 @@ from composer_replication.errors import AlignmentError, DataError
 from composer_replication.traces.hints import HintSite
 from composer_replication.traces.trace import Message
 
-HintPlacement = Literal["append", "user_turn"]
+HintPlacement = Literal["append", "user_turn", "restate"]
 
 # Differ in their first character, so that the first token of the content differs too.
 _PROBES = ("A probe text.", "9 other words")
@@ -56,15 +56,19 @@ def render_action(
 def with_hint(state: Sequence[Message], hint: str, placement: HintPlacement) -> tuple[Message, ...]:
     """The state as the teacher sees it; the empty hint changes nothing.
 
-    `append` adds the hint to the last non-assistant message after a blank line; `user_turn` puts it
-    in a user turn of its own after the state.
+    `append` adds the hint to the last message after a blank line; `restate` then says that message
+    once more, so that the request and not the hint is what the model reads last; `user_turn` puts
+    the hint in a user turn of its own after the state.
     """
     if not hint:
         return tuple(state)
     if placement == "user_turn":
         return (*state, Message("user", hint))
     last = state[-1]
-    return (*state[:-1], replace(last, content=f"{last.content}\n\n{hint}"))
+    hinted = f"{last.content}\n\n{hint}"
+    if placement == "restate":
+        hinted += f"\n\n{last.content}"
+    return (*state[:-1], replace(last, content=hinted))
 
 
 def insert_hint(

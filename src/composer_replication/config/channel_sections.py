@@ -26,9 +26,18 @@ class SdpoConfig(ConfigModel):
     nothing. Clipping by entry biases the value and can turn the gradient around."""
     clip_value: float | None = Field(default=None, gt=0)
     """Largest divergence that passes, in nats; goes with `clip`."""
-    hint_placement: Literal["append", "user_turn"] = "append"
-    """Where the hint stands in the teacher's state: at the end of the last message, or as a user
-    turn of its own."""
+    entropy_scale: float | None = Field(default=None, gt=0)
+    """Weighs each token by exp(-entropy / entropy_scale) of the teacher's distribution, in nats, so
+    that a teacher who is not sure pulls less; None: all tokens alike."""
+    routing: Literal["off", "failures"] = "off"
+    """`failures`: a failed rollout's error turns train SDPO and that rollout leaves GRPO, so GRPO
+    keeps the successes and whatever SDPO has no room for; `off`: both train on all they have."""
+    success_reward: float = 1.0
+    """With `routing`: from this reward of the environment on a rollout is a success."""
+    hint_placement: Literal["append", "user_turn", "restate"] = "append"
+    """Where the hint stands in the teacher's state: at the end of the last message; there, with the
+    message said once more after it (small models copy the arguments of an example that they read
+    last); or as a user turn of its own."""
     actions: Literal["resampled", "recorded"] = "resampled"
     """Whose action tokens are scored: sampled anew by the policy, or as the trace recorded them.
     Another model's recorded actions are off-policy."""

@@ -45,6 +45,9 @@ def _divergence(
     else:
         m = (1 - beta) * p + beta * t
         value = beta * _kl(t, m) + (1 - beta) * _kl(p, m)
+    if settings.entropy_scale is not None:
+        entropy = -torch.xlogy(t, t).sum(-1)
+        value = value * torch.exp(-entropy / settings.entropy_scale)
     if settings.clip == "token" and settings.clip_value is not None:
         value = value * (settings.clip_value / value.detach()).clamp(max=1.0)
     return value

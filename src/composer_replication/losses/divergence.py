@@ -51,6 +51,7 @@ class DivergenceOptions:
     tail: bool
     clip: str | None
     clip_value: float | None
+    entropy_scale: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta <= 1:
@@ -61,6 +62,11 @@ class DivergenceOptions:
         check_temperature(self.temperature)
         self._check_support()
         self._check_clip()
+        if self.entropy_scale is not None and not self.entropy_scale > 0:
+            raise ConfigError(
+                f"entropy_scale is {self.entropy_scale}; a token is weighed by exp(-entropy / "
+                "entropy_scale), so it must be above 0 nats. Pass None to weigh all tokens alike."
+            )
 
     def _check_support(self) -> None:
         if self.top_k_from not in _SIDES:
@@ -212,6 +218,7 @@ def _support_divergence_(
     log_ratio = torch.sub(teacher_logits, policy_logits).sub_(teacher_lse - policy_lse)
     p = policy_logits.sub_(policy_lse).exp_()
     t = teacher_logits.sub_(teacher_lse).exp_()
+    weight = certainty(t, options.entropy_scale) if options.entropy_scale is not None else None
     if options.clip == "entry":
         terms, grad = _clipped_terms(p, t, log_ratio, options)
     elif options.beta == 0:
@@ -224,12 +231,26 @@ def _support_divergence_(
         terms, grad = _mixture_terms_(p, t, log_ratio, options.beta)
     # `_make_finite_` cannot tell a nan logit from two excluded entries; the row's sum can.
     values = terms.sum(-1) + 0.0 * (policy_lse + teacher_lse).squeeze(-1)
+    if weight is not None:
+        values *= weight
+        grad *= weight[:, None]
     if need_grad:
         # `grad` is d/d log p; through the log-softmax it loses its mean under p.
         # `p` is the memory of `policy_logits`: the gradient is now there.
         p.mul_(grad.sum(-1, keepdim=True).neg_()).add_(grad)
         p.masked_fill_(~values.isfinite()[:, None], 0.0)
     return values
+
+
+def certainty(t: Float[Tensor, "n K"], scale: float) -> Float[Tensor, " n"]:
+    """exp(-entropy / scale) of each row of teacher probabilities: 1 where it is sure, in (0, 1].
+
+    A teacher that spreads over many tokens has little to say about any of them.
+
+    Source: our reading of the entropy-aware weights of SRPO, arXiv:2604.02288, which its abstract
+    describes in words only.
+    """
+    return torch.special.entr(t).sum(-1).div_(-scale).exp_()
 
 
 def _kl_terms_(

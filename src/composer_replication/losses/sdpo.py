@@ -48,6 +48,7 @@ def generalized_jsd(
     tail: bool = False,
     clip: str | None = None,
     clip_value: float | None = None,
+    entropy_scale: float | None = None,
 ) -> Float[Tensor, "*batch T"]:
     """Divergence of policy p from teacher t for each token, in nats; fp32, or fp64 for fp64.
 
@@ -72,6 +73,8 @@ def generalized_jsd(
             sum; it is OPSD's, for comparisons: values can be negative, and a capped entry's
             gradient has the wrong sign.
         clip_value: nats per token or per entry, above 0.
+        entropy_scale: weigh each token by exp(-teacher's entropy / entropy_scale), in nats, before
+            the clip by token sees it; None weighs all tokens alike.
 
     Raises:
         ConfigError: an option is out of range, or top_k exceeds the vocabulary.
@@ -80,7 +83,9 @@ def generalized_jsd(
     Source: GKD, arXiv:2306.13649 eq. 1; SDPO, arXiv:2601.20802; the stable form is derived in
     `losses/divergence.py`.
     """
-    options = DivergenceOptions(beta, temperature, top_k, top_k_from, tail, clip, clip_value)
+    options = DivergenceOptions(
+        beta, temperature, top_k, top_k_from, tail, clip, clip_value, entropy_scale
+    )
     if policy_logits.shape[:-1] != teacher_logits.shape[:-1]:
         raise DataError(
             f"policy logits are for tokens of shape {tuple(policy_logits.shape[:-1])} and teacher "
@@ -110,6 +115,7 @@ def generalized_jsd_loss(
     tail: bool = False,
     clip: str | None = None,
     clip_value: float | None = None,
+    entropy_scale: float | None = None,
 ) -> Float[Tensor, ""] | Float[Tensor, "B T"]:
     """`generalized_jsd` with OPSD's reductions, for comparisons; zero valid tokens give 0.
 
@@ -130,6 +136,7 @@ def generalized_jsd_loss(
         tail: add one entry with the mass of all others.
         clip: "token" or "entry".
         clip_value: nats per token or per entry.
+        entropy_scale: weigh tokens by the teacher's certainty.
 
     Raises:
         ConfigError: an option is out of range.
@@ -142,7 +149,9 @@ def generalized_jsd_loss(
             f"reduction is {reduction!r}; it must be one of {', '.join(_REDUCTIONS)}. "
             f"{nearest(reduction, _REDUCTIONS)}"
         )
-    options = DivergenceOptions(beta, temperature, top_k, top_k_from, tail, clip, clip_value)
+    options = DivergenceOptions(
+        beta, temperature, top_k, top_k_from, tail, clip, clip_value, entropy_scale
+    )
     token_BT = generalized_jsd(
         policy_logits,
         teacher_logits,
@@ -153,6 +162,7 @@ def generalized_jsd_loss(
         tail=tail,
         clip=clip,
         clip_value=clip_value,
+        entropy_scale=entropy_scale,
     )
     num_tokens = torch.tensor(token_BT.numel(), device=token_BT.device)
     num_batch = torch.tensor(token_BT.shape[0], device=token_BT.device)
@@ -183,6 +193,7 @@ def fused_generalized_jsd(
     tail: bool = False,
     clip: str | None = None,
     clip_value: float | None = None,
+    entropy_scale: float | None = None,
     tile_rows: int | None = None,
 ) -> Float[Tensor, " N"]:
     """`generalized_jsd` of two LM heads' outputs, without ever building [tokens, vocabulary].
@@ -204,6 +215,7 @@ def fused_generalized_jsd(
         tail: add one entry with the mass of all others.
         clip: "token" or "entry".
         clip_value: nats per token or per entry.
+        entropy_scale: weigh tokens by the teacher's certainty.
         tile_rows: rows projected at once; memory is about 2 * tile_rows * V * 4 bytes. None: by
             device.
 
@@ -214,7 +226,9 @@ def fused_generalized_jsd(
     Source: as `generalized_jsd`; d/dz_p is p - t for beta 0, p (log p/t - KL(p || t)) for beta 1,
     (1 - beta) p (log p/m - KL(p || m)) between.
     """
-    options = DivergenceOptions(beta, temperature, top_k, top_k_from, tail, clip, clip_value)
+    options = DivergenceOptions(
+        beta, temperature, top_k, top_k_from, tail, clip, clip_value, entropy_scale
+    )
     policy, teacher = as_head(policy_head), as_head(teacher_head)
     check_projection("policy_hidden", policy_hidden, policy)
     check_projection("teacher_hidden", teacher_hidden, teacher)

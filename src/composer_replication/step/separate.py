@@ -74,6 +74,7 @@ def score_hint_sites(
         tail=settings.tail,
         clip=settings.clip,
         clip_value=settings.clip_value,
+        entropy_scale=settings.entropy_scale,
     )
 
 

@@ -38,6 +38,8 @@ class SDPOSettings:
     tail: bool = False
     clip: Literal["token", "entry"] | None = None
     clip_value: float | None = None
+    entropy_scale: float | None = None
+    """Nats; a token counts exp(-teacher's entropy / entropy_scale). None: all tokens alike."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,8 +62,16 @@ class ComposerConfig(GRPOConfig):
     """`token`: scale large divergences down; `entry`: OPSD's element-wise clip."""
     sdpo_clip_value: float | None = None
     """The bound of sdpo_clip, in nats."""
+    sdpo_entropy_scale: float | None = None
+    """A token counts exp(-teacher's entropy / this), in nats. None: all tokens alike."""
+    rollout_routing: Literal["off", "failures"] = "off"
+    """`failures`: a failed rollout's error turns train SDPO and that rollout leaves GRPO, which
+    keeps the successes and what SDPO has no room for."""
+    success_reward: float = 1.0
+    """From this reward of the environment on a rollout is a success, for `rollout_routing`."""
     hint_placement: HintPlacement = "append"
-    """`append` to the state's last message, or a `user_turn` of its own."""
+    """`append` to the state's last message, the same and the message once more (`restate`), or a
+    `user_turn` of its own."""
     hint_site_actions: Literal["resampled", "recorded"] = "resampled"
     """Actions at the given hint sites: sampled anew from the policy, or `recorded` ones, which are
     off-policy."""
@@ -155,6 +163,11 @@ class ComposerConfig(GRPOConfig):
                     raise ConfigError(
                         f"{item.name} is {value}; it must be at least 0. Set 0 to turn it off."
                     )
+        if self.rollout_routing == "failures" and self.channel_schedule == "alternate":
+            raise ConfigError(
+                "rollout_routing is 'failures' and channel_schedule is 'alternate'. In the steps "
+                "without SDPO its failures would train nothing. Set one of them back."
+            )
         if self.sdpo_clip is not None and self.sdpo_clip_value is None:
             raise ConfigError(
                 f"sdpo_clip is {self.sdpo_clip!r} without a bound. Set sdpo_clip_value, in nats."
@@ -186,6 +199,7 @@ class ComposerConfig(GRPOConfig):
                 tail=self.sdpo_tail,
                 clip=self.sdpo_clip,
                 clip_value=self.sdpo_clip_value,
+                entropy_scale=self.sdpo_entropy_scale,
             ),
             dpo=DPOSettings(beta=self.dpo_beta, label_smoothing=self.dpo_label_smoothing),
         )

@@ -107,6 +107,7 @@ def _site_tile(
             tail=settings.tail,
             clip=settings.clip,
             clip_value=settings.clip_value,
+            entropy_scale=settings.entropy_scale,
         )
         (logit_slope,) = torch.autograd.grad(divergence.sum(), policy_logits)
     logps = [

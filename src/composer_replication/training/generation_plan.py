@@ -1,6 +1,7 @@
 """Draws the hint sites and pairs of the optimizer steps that one generation feeds."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from composer_replication.batch.collate import ComposerDataCollator
 from composer_replication.errors import ConfigError
@@ -75,6 +76,22 @@ class GenerationPlanner:
         loaders = {"hint_sites": self.site_loader, "pairs": self.pair_loader}
         return {name: loader for name, loader in loaders.items() if loader is not None}
 
+    def choose(self, rollout_sites: Sequence[HintSite]) -> list[HintSite]:
+        """The error turns of rollouts that a generation's steps have room for.
+
+        Spread over the rollouts: neighbours are turns of one episode.
+        """
+        num_found = min(self._args.hint_sites_per_step * self._num_steps, len(rollout_sites))
+        return [rollout_sites[i * len(rollout_sites) // num_found] for i in range(num_found)]
+
+    @property
+    def _num_steps(self) -> int:
+        """Optimizer steps that one generation feeds."""
+        args = self._args
+        # Each further iteration over the same rollouts takes its own hint sites and pairs.
+        per_generation = int(args.steps_per_generation or 1)
+        return per_generation * args.num_iterations // args.gradient_accumulation_steps
+
     def plan(
         self,
         rollout_sites: Sequence[HintSite],
@@ -86,16 +103,15 @@ class GenerationPlanner:
         """Micro-batches for every optimizer step of a generation; all ranks call it together.
 
         Args:
-            rollout_sites: error turns of this rank's rollouts.
+            rollout_sites: error turns of this rank's rollouts, as `choose` gave them.
             collator: renders and aligns the records.
             global_step: optimizer steps done.
             resample: gives recorded sites an action of the policy.
         """
         args = self._args
         accumulation = args.gradient_accumulation_steps
-        # Each further iteration over the same rollouts takes its own hint sites and pairs.
-        num_steps = int(args.steps_per_generation or 1) * args.num_iterations // accumulation
-        sites = self._sites(rollout_sites, num_steps, resample) if self._needs_sites else []
+        num_steps = self._num_steps
+        sites = self._sites(rollout_sites, resample) if self._needs_sites else []
         plan: list[MicroBatch] = []
         for index in range(num_steps):
             live = scheduled(self._channels, args.channel_schedule, global_step + index)
@@ -110,14 +126,10 @@ class GenerationPlanner:
             )
         return plan
 
-    def _sites(
-        self, rollout_sites: Sequence[HintSite], num_steps: int, resample: Resample
-    ) -> list[HintSite]:
+    def _sites(self, rollout_sites: Sequence[HintSite], resample: Resample) -> list[HintSite]:
         """Error turns of the rollouts first; the given hint sites fill what they leave."""
-        wanted = self._args.hint_sites_per_step * num_steps
-        # Spread over the rollouts: neighbours are turns of one episode.
-        num_found = min(wanted, len(rollout_sites))
-        sites = [rollout_sites[i * len(rollout_sites) // num_found] for i in range(num_found)]
+        wanted = self._args.hint_sites_per_step * self._num_steps
+        sites = list(rollout_sites)
         if self.site_loader is None:
             return sites
         # Every rank moves its loader by the same amount, whatever its own rollouts gave.
@@ -144,4 +156,19 @@ def _check_accumulation(args: ComposerConfig) -> None:
             f"{accumulation}. One optimizer step would span several generations, so the "
             "tokens of SDPO and the pairs of DPO could not be counted before it starts. Make "
             "steps_per_generation a multiple of gradient_accumulation_steps."
+        )
+
+
+def refuse_reentrant_checkpointing(args: ComposerConfig, num_processes: int) -> None:
+    """DDP cannot average the gradients of several forwards under reentrant checkpointing.
+
+    Raises:
+        ConfigError: both at once.
+    """
+    kinds = cast(dict[str, object], args.gradient_checkpointing_kwargs or {})
+    if args.gradient_checkpointing and kinds.get("use_reentrant") and num_processes > 1:
+        raise ConfigError(
+            "gradient_checkpointing_kwargs has use_reentrant = true and there are "
+            f"{num_processes} processes. Each channel runs a forward of its own, and DDP takes a "
+            "parameter's gradient as whole after the first of them. Set use_reentrant = false."
         )

@@ -19,7 +19,6 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from composer_replication.batch.collate import ComposerDataCollator
-from composer_replication.errors import ConfigError
 from composer_replication.runs.checkpoint_folders import staging_folder
 from composer_replication.runs.rollout_files import write_rollouts
 from composer_replication.step.channels import CHANNELS, ChannelSum
@@ -27,11 +26,15 @@ from composer_replication.step.hidden_states import causal_lm, check_output_head
 from composer_replication.step.optimizer_step import channel_sums
 from composer_replication.traces.hints import HintSite
 from composer_replication.traces.pairs import PreferencePair
+from composer_replication.training import routing
 from composer_replication.training.channel_plan import MicroBatch, scheduled
 from composer_replication.training.channel_weights import channel_weights
 from composer_replication.training.composer_config import ComposerConfig
 from composer_replication.training.finite_checks import check_gradient_norm, non_finite_loss
-from composer_replication.training.generation_plan import GenerationPlanner
+from composer_replication.training.generation_plan import (
+    GenerationPlanner,
+    refuse_reentrant_checkpointing,
+)
 from composer_replication.training.metrics import StepClock, means_over_ranks
 from composer_replication.training.record_loader import hint_sites_from, pairs_from
 from composer_replication.training.record_texts import RecordTextCollator
@@ -142,7 +145,7 @@ class ComposerReplicationTrainer(GRPOTrainer):
         if not data:
             return
         check_output_head(policy)
-        self._refuse_reentrant_checkpointing()
+        refuse_reentrant_checkpointing(args, self.accelerator.num_processes)
         if "hint_sites" in data:
             self.teacher = make_teacher(
                 args.teacher,
@@ -208,11 +211,7 @@ class ComposerReplicationTrainer(GRPOTrainer):
         rollout_s = self.clock.stop("rollout")
         self._metrics["train" if self._is_training else "eval"]["rollout_s"].append(rollout_s)
         if self._is_training:
-            sites = [
-                site
-                for row in inputs
-                for site in cast(list[HintSite], row.get("rollout_hint_sites") or [])
-            ]
+            sites = self._route(inputs, output)
             self._write_rollouts(inputs, output)
             if self.planner is not None:
                 self._plan = self.planner.plan(
@@ -293,20 +292,17 @@ class ComposerReplicationTrainer(GRPOTrainer):
         self._record_channel_metrics(part)
         return part.loss_sum * self.accelerator.num_processes / max(count, 1.0)
 
-    def _refuse_reentrant_checkpointing(self) -> None:
+    def _route(self, inputs: list[dict[str, object]], output: Inputs) -> list[HintSite]:
+        """The error turns that SDPO takes; under routing their rollouts leave GRPO."""
         args = self._composer_args
-        kinds = cast(dict[str, object], args.gradient_checkpointing_kwargs or {})
-        if (
-            args.gradient_checkpointing
-            and kinds.get("use_reentrant")
-            and self.accelerator.num_processes > 1
-        ):
-            raise ConfigError(
-                "gradient_checkpointing_kwargs has use_reentrant = true and there are "
-                f"{self.accelerator.num_processes} processes. Each channel runs a forward of its "
-                "own, and DDP takes a parameter's gradient as whole after the first of them. Set "
-                "use_reentrant = false."
-            )
+        if self.planner is None or "sdpo" not in self.channel_weights:
+            return []
+        if args.rollout_routing == "off":
+            return self.planner.choose(routing.sites_of_rollouts(inputs))
+        sites = self.planner.choose(routing.sites_of_failures(inputs, args.success_reward))
+        num_routed = routing.leave_grpo(sites, inputs, output["advantages"])
+        self._metrics["train"]["rollouts/routed"].append(num_routed)
+        return sites
 
     def _resample(self, sites: list[HintSite]) -> list[HintSite]:
         return sample_site_actions(self, sites, self._composer_args.seed * 1_000_003 + self._step)

@@ -51,7 +51,16 @@ def test_a_hint_in_a_user_turn_of_its_own_leaves_the_last_message_alone(smollm2_
     assert 'Read /src/app.py.<|im_end|>\n<|im_start|>user\nUse "file".<|im_end|>' in text
 
 
-@pytest.mark.parametrize("placement", ["append", "user_turn"])
+def test_a_restated_message_stands_on_both_sides_of_the_hint(smollm2_tokenizer):
+    state_ids = render_state(smollm2_tokenizer, STATE)
+    ids = insert_hint(smollm2_tokenizer, site(), state_ids, "restate")
+    text = smollm2_tokenizer.decode(ids)
+    assert 'Read /src/app.py.\n\nUse "file".\n\nRead /src/app.py.<|im_end|>' in text
+    before, _, _ = smollm2_tokenizer.decode(state_ids).rpartition("<|im_end|>")
+    assert text.startswith(before)
+
+
+@pytest.mark.parametrize("placement", ["append", "user_turn", "restate"])
 def test_the_empty_hint_inserts_nothing(smollm2_tokenizer, placement):
     state_ids = render_state(smollm2_tokenizer, STATE)
     assert insert_hint(smollm2_tokenizer, site(hint=""), state_ids, placement) == state_ids

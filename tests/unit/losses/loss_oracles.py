@@ -31,6 +31,7 @@ def row_divergence(
     tail=False,
     clip=None,
     clip_value=None,
+    entropy_scale=None,
 ):
     p, t = softmax(policy_logits, temperature), softmax(teacher_logits, temperature)
     if top_k is not None:
@@ -57,6 +58,9 @@ def row_divergence(
     if clip == "entry":
         terms = [min(term, clip_value) for term in terms]
     total = math.fsum(terms)
+    if entropy_scale is not None:
+        entropy = -math.fsum(y * math.log(y) for y in t if y > 0)
+        total *= math.exp(-entropy / entropy_scale)
     return min(total, clip_value) if clip == "token" else total
 
 

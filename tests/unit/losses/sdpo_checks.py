@@ -25,6 +25,9 @@ OPTIONS = (
     {"clip": "entry", "clip_value": 0.05},
     {"top_k": 4, "tail": True, "clip": "entry", "clip_value": 0.02},
     {"top_k": 4, "clip": "token", "clip_value": 0.1, "temperature": 1.3},
+    {"entropy_scale": 0.7},
+    {"top_k": 4, "tail": True, "clip": "entry", "clip_value": 0.05, "entropy_scale": 2.0},
+    {"top_k": 4, "temperature": 1.3, "clip": "token", "clip_value": 0.02, "entropy_scale": 1.0},
 )
 CASES = tuple((beta, options) for beta in BETAS for options in OPTIONS)
 
@@ -78,6 +81,26 @@ def equals_values_worked_out_by_hand(sdpo):
     for beta, expected in by_hand.items():
         value = sdpo.generalized_jsd(policy, teacher, beta=beta)
         assert value.tolist() == pytest.approx([expected], abs=2e-7)
+
+
+def a_token_counts_as_much_as_its_teacher_is_sure(sdpo):
+    # t = (3/4, 1/4) has the entropy 3/4 ln(4/3) + 1/4 ln 4 = 0.2157616 + 0.3465736 = 0.5623351,
+    # so the token's KL of 0.1308120 counts exp(-0.5623351 / 2) = 0.7549017 of itself.
+    policy = torch.zeros(1, 2, dtype=torch.float64)
+    teacher = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64)
+    value = sdpo.generalized_jsd(policy, teacher, beta=0.0, entropy_scale=2.0)
+    assert value.tolist() == pytest.approx([0.1308120 * 0.7549017], abs=2e-7)
+    policies, teachers = logits(6, 9), logits(6, 9, seed=1)
+    full, full_grad = value_and_grad(jsd(sdpo, teachers), policies)
+    weighed, grad = value_and_grad(jsd(sdpo, teachers, entropy_scale=0.5), policies)
+    weights = weighed / full
+    assert ((weights > 0) & (weights < 1)).all()
+    torch.testing.assert_close(grad, full_grad * weights[:, None])
+    sure = torch.tensor([[800.0, 0.0, 0.0]], dtype=torch.float64)
+    plain = sdpo.generalized_jsd(torch.zeros_like(sure), sure)
+    torch.testing.assert_close(
+        sdpo.generalized_jsd(torch.zeros_like(sure), sure, entropy_scale=1e-3), plain
+    )
 
 
 def gradient_equals_finite_differences(sdpo):
@@ -489,6 +512,7 @@ def impossible_options_say_what_to_do(sdpo):
         ({"clip_value": 0.1}, "clip is None"),
         ({"clip": "tokens", "clip_value": 0.1}, "Did you mean 'token'"),
         ({"clip": "entry", "clip_value": 0.0}, "above 0"),
+        ({"entropy_scale": 0.0}, "entropy_scale is 0.0; .* above 0 nats"),
     ):
         with pytest.raises(ConfigError, match=words):
             sdpo.generalized_jsd(policy, teacher, **options)
@@ -518,6 +542,7 @@ ALL = (
     gradient_equals_finite_differences,
     teacher_gets_no_gradient,
     token_clip_scales_value_and_gradient,
+    a_token_counts_as_much_as_its_teacher_is_sure,
     entry_clip_reproduces_the_sign_quirks_of_opsd,
     garbage_shows_in_its_own_token_and_masked_changes_nothing,
     garbage_hidden_rows_leave_gradients_of_head_and_others_alone,
