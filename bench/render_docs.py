@@ -1,6 +1,7 @@
 """Write docs/configuration.md from docstrings and docs/measurements.md from bench results.
 
-Also the table of planted flaws in docs/checks.md, between its two marks.
+Also the table of planted flaws in docs/checks.md and that of the founding note in docs/planner.md,
+each between its two marks.
 
 python bench/render_docs.py          # writes all; a test compares them with what this gives
 """
@@ -13,13 +14,20 @@ from flaw_mutants import ERROR, load_flaws
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from composer_replication.config.loading import load_config
 from composer_replication.config.run_config import RunConfig
+from composer_replication.planner.hardware import GPUS
+from composer_replication.planner.local_machine import LocalCard, LocalMachine
+from composer_replication.planner.plan import PlanRequest, make_plan
+from composer_replication.planner.prices import shipped_prices
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
 FLAWS_BEGIN = "<!-- flaws: written by bench/render_docs.py -->"
 FLAWS_END = "<!-- flaws: end -->"
+NOTE_BEGIN = "<!-- note: written by bench/render_docs.py -->"
+NOTE_END = "<!-- note: end -->"
 
 
 def section_class(field: FieldInfo) -> type[BaseModel] | None:
@@ -231,8 +239,42 @@ def checks(page: str) -> str:
     return before + "\n".join([FLAWS_BEGIN, *flaw_lines(), "", FLAWS_END]) + after
 
 
+def note_lines() -> list[str]:
+    """The plan of the founding note's smoke on each card of its table and on a local 5090."""
+    config = load_config(ROOT / "docs" / "note_smoke.toml", [])
+    gpu = GPUS["RTX-5090"]
+    card = LocalCard("NVIDIA GeForce RTX 5090", gpu.capacity_gib)
+    machine = LocalMachine((card,), 16, frozenset({"avx2"}), 64.0)
+    prices = shipped_prices()
+    plan = make_plan(PlanRequest(config), machine, prices=prices, today=prices.as_of)
+    rows = [
+        "| where | card | GiB of | step, s | whole run, s | expected, USD | worst, USD |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in plan.candidates:
+        low, expected, high = one.step_s
+        total = one.clock.total_s
+        rows.append(
+            f"| {one.place.where} | {one.place.label}{' (chosen)' if one is plan.chosen else ''} "
+            f"| {one.memory.peak_gib:.1f} of {one.place.capacity_gib:.1f} "
+            f"| {expected:.2f} ({low:.2f} to {high:.2f}) "
+            f"| {total.expected:.0f} ({total.low:.0f} to {total.high:.0f}) "
+            f"| {one.expected_usd:.3f} | {one.worst_usd:.2f} |"
+        )
+    return ["", *rows, "", f"Why: {plan.decision.reason} Prices of {plan.prices_as_of}.", ""]
+
+
+def planner(page: str) -> str:
+    """docs/planner.md with the founding note's table."""
+    before, rest = page.split(NOTE_BEGIN)
+    _, after = rest.split(NOTE_END)
+    return before + "\n".join([NOTE_BEGIN, *note_lines(), NOTE_END]) + after
+
+
 def main() -> None:
     """Write the pages."""
+    page = ROOT / "docs" / "planner.md"
+    page.write_text(planner(page.read_text()))
     page = ROOT / "docs" / "checks.md"
     page.write_text(checks(page.read_text()))
     (ROOT / "docs" / "configuration.md").write_text(configuration())

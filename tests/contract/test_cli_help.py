@@ -15,6 +15,7 @@ Trains a small agent. One optimizer step minimises
 
 verbs:
   smoke    do the channels run end to end on my model; how much memory, how long a step
+  plan     where to run it: memory, time and dollars in each place, before anything runs
   train    the run that a configuration file describes
   doctor   what this machine can run, and what is missing
 
@@ -86,6 +87,38 @@ examples:
 exit codes: 0 done, 1 failed, 2 your input, 130 Ctrl-C
 """
 
+PLAN_HELP = """\
+usage: composer-replication plan [-h] [--on PLACE] [--gpu NAME[:N]] [--budget USD] [--solve KEY]
+                                 [--probe] [--refresh] [--set KEY=VALUE] [--json]
+                                 [CONFIG.toml]
+
+Says where a run fits, how long it takes and what it costs, and which place to take.
+
+positional arguments:
+  CONFIG.toml
+
+options:
+  -h, --help       show this help message and exit
+  --on PLACE       local, modal or all; default all
+  --gpu NAME[:N]   look at this card alone, such as L4 or H100:2
+  --budget USD     cap on the worst case, every attempt at its time-out
+  --solve KEY      the largest value that fits: max_length or any whole number
+  --probe          run ten steps here first and take their seconds
+  --refresh        read today's prices from Modal; needs its credentials
+  --set KEY=VALUE  set one key, such as sdpo.top_k=20; may be repeated
+  --json           print the summary as one JSON object on stdout, all else on stderr
+
+Runs nothing and writes nothing but, with --refresh, the fetched prices. A file whose [grpo] sets
+max_steps is planned as a train run, any other as a smoke (1,800 s and 5 USD by default).
+
+examples:
+  composer-replication plan configs/smoke_qwen2.5_0.5b.toml
+  composer-replication plan configs/train_qwen2.5_7b.toml --on modal --gpu H100 --budget 40
+  composer-replication plan configs/smoke_qwen2.5_0.5b.toml --gpu L4 --solve max_length
+
+exit codes: 0 there is a place, 1 nothing fits, 2 your input, or everything is over the cap
+"""
+
 DOCTOR_HELP = """\
 usage: composer-replication doctor [-h] [--json]
 
@@ -118,7 +151,8 @@ def test_the_help_is_the_pinned_one(flag, capsys):
 
 
 @pytest.mark.parametrize(
-    ("verb", "text"), [("smoke", SMOKE_HELP), ("train", TRAIN_HELP), ("doctor", DOCTOR_HELP)]
+    ("verb", "text"),
+    [("smoke", SMOKE_HELP), ("train", TRAIN_HELP), ("doctor", DOCTOR_HELP), ("plan", PLAN_HELP)],
 )
 def test_the_help_of_a_verb_is_the_pinned_one(verb, text, capsys):
     with pytest.raises(SystemExit) as caught:

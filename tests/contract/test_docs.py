@@ -53,6 +53,11 @@ def test_the_table_of_planted_flaws_is_what_the_stored_results_say():
     assert page == render_docs.checks(page)
 
 
+def test_the_table_of_the_founding_note_is_what_the_planner_says():
+    page = (ROOT / "docs/planner.md").read_text()
+    assert page == render_docs.planner(page)
+
+
 @pytest.mark.parametrize("command", OURS)
 def test_a_documented_command_is_one_the_program_takes(command):
     arguments = shlex.split(command)[1:]

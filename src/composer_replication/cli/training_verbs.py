@@ -42,9 +42,10 @@ def _smoke(options: argparse.Namespace) -> Answer:
 
     config = load_config(options.config, _smoke_overrides(options))
     if options.config is None:
-        from composer_replication.experiments.smoke_defaults import with_smoke_defaults
+        from composer_replication.config.smoke_defaults import with_smoke_defaults
+        from composer_replication.experiments.trainer_setup import device
 
-        config = with_smoke_defaults(config)
+        config = with_smoke_defaults(config, "cuda" if device().type == "cuda" else "cpu")
 
     def run_it(run: "RunDirectory", console: "Console") -> "Summary":
         from composer_replication.experiments.smoke import run_smoke

@@ -1,9 +1,10 @@
 """The verbs, and the help that lists them."""
 
 from composer_replication.cli.doctor_verb import DOCTOR
+from composer_replication.cli.plan_verb import PLAN
 from composer_replication.cli.training_verbs import SMOKE, TRAIN
 
-VERBS = (SMOKE, TRAIN, DOCTOR)
+VERBS = (SMOKE, PLAN, TRAIN, DOCTOR)
 
 _LIST = "\n".join(f"  {verb.name:<8} {verb.summary}" for verb in VERBS)
 

@@ -22,8 +22,8 @@ _SAFE_KEYS = frozenset(
 )
 """They say how long a run is and what is kept of it, not what a step does."""
 
-_SAFE_SECTIONS = ("diagnostics.", "guards.")
-"""They watch a run and change nothing that it computes."""
+_SAFE_SECTIONS = ("diagnostics.", "guards.", "modal.")
+"""They watch a run, or say where it goes, and change nothing that it computes."""
 
 
 @cache

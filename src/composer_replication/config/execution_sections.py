@@ -1,4 +1,4 @@
-"""The sections that say what is run: `[rollout]`, `[lora]` and `[smoke]`."""
+"""The sections that say what is run and where: `[rollout]`, `[lora]`, `[smoke]` and `[modal]`."""
 
 import re
 from typing import Annotated, Literal, Self
@@ -105,3 +105,19 @@ class SmokeConfig(ConfigModel):
                 "no larger one to measure. Leave one of them out."
             )
         return self
+
+
+class ModalConfig(ConfigModel):
+    """`[modal]`: what a remote run asks for beside its card, and what may be repeated."""
+
+    region: str | None = Field(default=None, pattern=r"^[a-z]{2}(-[a-z0-9]+)*$")
+    """Continent or region such as `eu` or `us-east`, which costs more; None: any, the cheapest."""
+    retries: int = Field(default=1, ge=0, le=10)
+    """Attempts after the first; each resumes, and each may take the whole time-out."""
+    cpu_cores: float = Field(default=4.0, gt=0, le=64)
+    """Physical cores."""
+    memory_gib: float | None = Field(default=None, gt=0, le=336)
+    """RAM; None: 16, or 1.5 times the weights where that is more."""
+    timeout_s: float | None = Field(default=None, gt=0, le=86_400)
+    """Seconds after which an attempt is ended; None: twice the planner's high estimate, and 1,800
+    for a smoke."""

@@ -7,7 +7,12 @@ from pydantic import Field, JsonValue, field_validator
 from composer_replication.config.channel_sections import BatchConfig, DpoConfig, SdpoConfig
 from composer_replication.config.config_model import ConfigModel
 from composer_replication.config.diagnostic_sections import DiagnosticsConfig, GuardsConfig
-from composer_replication.config.execution_sections import LoraConfig, RolloutConfig, SmokeConfig
+from composer_replication.config.execution_sections import (
+    LoraConfig,
+    ModalConfig,
+    RolloutConfig,
+    SmokeConfig,
+)
 
 CORE_CHANNEL_WEIGHTS = {"grpo": None, "sdpo": "alpha_sdpo", "dpo": "beta_replay"}
 """The key of each core channel's weight; GRPO's is fixed at 1."""
@@ -59,6 +64,8 @@ class RunConfig(ConfigModel):
     """`[guards]`: when a run that cannot learn is stopped."""
     smoke: SmokeConfig = SmokeConfig()
     """`[smoke]`: length and shapes of the smoke."""
+    modal: ModalConfig = ModalConfig()
+    """`[modal]`: resources and repeats of a remote run."""
 
     @field_validator("grpo")
     @classmethod

@@ -23,6 +23,7 @@ from composer_replication.experiments.fixed_shapes import full_length_sites, sho
 from composer_replication.experiments.hint_check import require_two_hints
 from composer_replication.experiments.last_steps import LastSteps
 from composer_replication.experiments.live_table import LiveTable
+from composer_replication.experiments.planned_run import plan_misses, write_planned
 from composer_replication.experiments.quiet_libraries import quiet_libraries, without_printed_logs
 from composer_replication.experiments.resume_check import EndOfRun, check_resume, end_of_run
 from composer_replication.experiments.run_phases import cold_start_s, download_s
@@ -83,6 +84,7 @@ def run_smoke(config: RunConfig, run: RunDirectory, console: Console) -> Summary
     parts = prepare(config, run, overrides=overrides)
     _require_hints(parts)
     print_header(parts, console)
+    planned = write_planned(config, run, "smoke", parts.model_spec)
     # The checkpoint serves a check alone; a smoke that was killed may have left its own.
     shutil.rmtree(run.checkpoints_dir, ignore_errors=True)
     try:
@@ -96,6 +98,7 @@ def run_smoke(config: RunConfig, run: RunDirectory, console: Console) -> Summary
     seen.phases_s["resume"] = time.perf_counter() - resume_started_s
     seen.total_s = time.perf_counter() - started_s
     summary = summarise(seen)
+    summary.notes.extend(plan_misses(planned, summary))
     run.write_summary(summary)
     print_figures(summary, seen, run, console)
     return summary

@@ -10,6 +10,7 @@ from transformers import TrainerState
 from composer_replication.config.execution_sections import SmokeConfig
 from composer_replication.config.run_config import RunConfig
 from composer_replication.experiments.live_table import LiveTable
+from composer_replication.experiments.planned_run import plan_misses, write_planned
 from composer_replication.experiments.quiet_libraries import quiet_libraries, without_printed_logs
 from composer_replication.experiments.run_figures import channel_checks, channel_figures, percentile
 from composer_replication.experiments.run_phases import cold_start_s, download_s
@@ -51,6 +52,7 @@ def run_train(
     # A smoke's file may be trained as it is; its fixed shapes are the smoke's alone.
     parts = prepare(config.model_copy(update={"smoke": SmokeConfig()}), run, overrides={})
     console.print(f"train on {parts.model_spec}, {device_label()}", highlight=False, soft_wrap=True)
+    planned = write_planned(parts.config, run, "train", parts.model_spec)
     loaded = load_run_model(parts, on_progress=lambda text: console.print(text, soft_wrap=True))
     load_s = time.perf_counter() - started_s
     reset_peak(device())
@@ -93,6 +95,9 @@ def run_train(
         channels={name: channel_figures(rows, name) for name in ("grpo", *trainer.channel_weights)},
         notes=parts.notes,
     )
+    for miss in plan_misses(planned, summary):
+        summary.notes.append(miss)
+        console.print(f"note  {miss}", highlight=False, soft_wrap=True)
     run.write_summary(summary)
     console.print(
         f"{summary.status}  {summary.steps} steps, median {summary.median_step_s:.2f} s, "

@@ -92,6 +92,25 @@ def find_gpu(name: str) -> Gpu:
     )
 
 
+def gpu_of_driver(name: str, total_gib: float) -> Gpu | None:
+    """The card that the driver calls `NVIDIA A100-SXM4-80GB` and such; None: not in the table.
+
+    Args:
+        name: as `nvidia-smi` or torch reports it.
+        total_gib: of its memory, which tells the two sizes of A100 apart.
+    """
+    words = set(re.split(r"[\s-]+", name.upper()))
+    if "LAPTOP" in words:
+        return None
+    if "A100" in words:
+        return GPUS["A100-80GB" if total_gib > 60 else "A100-40GB"]
+    for gpu in GPUS.values():
+        known = set(gpu.name.split("-"))
+        if known <= words or (gpu.name == "A10" and "A10G" in words):
+            return gpu
+    return None
+
+
 def parse_gpu(text: str) -> GpuRequest:
     """`NAME` or `NAME:COUNT`, as `--gpu` and Modal's `gpu=` take it.
 

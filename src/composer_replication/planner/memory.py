@@ -46,16 +46,25 @@ class MemoryEstimate:
         return max(self.phases_gib, key=self.phases_gib.__getitem__)
 
 
-def predict(case: StepCase) -> MemoryEstimate:
+def predict(case: StepCase, num_shards: int = 1) -> MemoryEstimate:
     """The memory of a case's step, by formula.
+
+    Args:
+        case: of one device.
+        num_shards: devices that weights, moments and gradients are spread over (FSDP). Each gathers
+            two layers, or the head, to use them, and keeps its part of a gradient once it is whole.
 
     Raises:
         ModelError: an architecture that the formulas do not know.
     """
-    persistent = persistent_bytes(case)
+    persistent = {name: part // num_shards for name, part in persistent_bytes(case).items()}
     base = sum(persistent.values())
+    if num_shards > 1:
+        shape = model_shape(case.model)
+        gathered = max(2 * shape.layer_parameters, shape.head_parameters)
+        base += Precision.of(case).compute * gathered
     peaks: dict[str, int] = {}
-    for phase, num_bytes in _walk(case):
+    for phase, num_bytes in _walk(case, num_shards):
         peaks[phase] = max(peaks.get(phase, 0), base + num_bytes)
     return MemoryEstimate(
         phases_gib={phase: gib(peak) for phase, peak in peaks.items()},
@@ -121,7 +130,7 @@ def _adafactor_bytes(case: StepCase, shape: ModelShape) -> int:
     return FP32 * (shape.num_layers * layer + heads + shape.hidden)
 
 
-def _walk(case: StepCase) -> Iterator[tuple[str, int]]:
+def _walk(case: StepCase, num_shards: int) -> Iterator[tuple[str, int]]:
     """(phase, bytes beside what stays) at every instant that could be the largest."""
     shape = model_shape(case.model)
     layer, head = layer_memory(case), head_memory(case)
@@ -139,8 +148,11 @@ def _walk(case: StepCase) -> Iterator[tuple[str, int]]:
         held += head.saved_bytes(forward)
         if forward.num_teacher_tokens:
             held -= layer.output_per_token * forward.num_teacher_tokens
-    yield from _walk_back(case, layer, head, forwards, held)
-    yield "optimizer", trained_bytes(case) * (not case.accumulates) + _optimizer_peak(case, shape)
+    yield from _walk_back(case, layer, head, forwards, held, num_shards)
+    yield (
+        "optimizer",
+        (trained_bytes(case) * (not case.accumulates) + _optimizer_peak(case, shape)) // num_shards,
+    )
 
 
 def graph_bytes(case: StepCase, shape: ModelShape, layer: LayerMemory, forward: Forward) -> int:
@@ -183,6 +195,7 @@ def _walk_back(
     head: HeadMemory,
     forwards: list[Forward],
     held: int,
+    num_shards: int,
 ) -> Iterator[tuple[str, int]]:
     """The backward: graphs in reverse, each from its head over its layers to the embedding."""
     shape = model_shape(case.model)
@@ -196,8 +209,8 @@ def _walk_back(
         yield "backward", held + waiting + head.backward_bytes(forward)
         held -= head.saved_bytes(forward)
         is_first = forward is forwards[-1] and waiting == 0
-        new_head = grads.head if is_first and waits else 0
-        new_layers = grads.layers if is_first and waits else 0
+        new_head = grads.head // num_shards if is_first and waits else 0
+        new_layers = grads.layers // num_shards if is_first and waits else 0
         graph, ends = graph_bytes(case, shape, layer, forward), layer.ends_per_token * tokens
         again = layer.saved_per_token * tokens + layer.weight_copies if case.checkpoints else 0
         working = layer.working_per_token * tokens + grads.matrix + again
@@ -213,7 +226,8 @@ def _walk_back(
         # A tied head's gradient, the embedding's, and their sum.
         yield "backward", kept + stream + grads.head * (2 if shape.is_tied else 1)
         if is_first and waits:
-            waiting = grads.head * (1 if shape.is_tied else 2) + grads.layers
+            heads = grads.head * (1 if shape.is_tied else 2)
+            waiting = (heads + grads.layers) // num_shards
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,8 +115,8 @@ def model_shape(config: Mapping[str, object]) -> ModelShape:
     if not isinstance(family, str) or family not in GATED_DECODERS:
         raise ModelError(
             f"The formulas know {', '.join(GATED_DECODERS)}, and this model's type is {family!r}: "
-            "its layers hold other tensors. Add --simulate, which runs any architecture without "
-            "its weights."
+            "its layers hold other tensors, so a figure would be a guess. Measure it instead: "
+            "composer-replication smoke --model M --steps 3."
         )
     has_bias, has_qk_norm = GATED_DECODERS[family]
     if family == "llama" and config.get("attention_bias"):

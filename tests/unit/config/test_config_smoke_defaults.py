@@ -3,47 +3,36 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from composer_replication.config.loading import dump_config, load_config
+from composer_replication.config.smoke_defaults import with_smoke_defaults
 from composer_replication.config.unused_options import check_used_options
-from composer_replication.experiments import smoke_defaults
-from composer_replication.experiments.smoke_defaults import with_smoke_defaults
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
-
-
-@pytest.fixture
-def on(monkeypatch):
-    """`on("cuda")`: as if the device were that one."""
-    return lambda kind: monkeypatch.setattr(smoke_defaults, "device", lambda: torch.device(kind))
 
 
 @pytest.mark.parametrize(
     ("kind", "name"), [("cpu", "smoke_smollm2_135m.toml"), ("cuda", "smoke_qwen2.5_0.5b.toml")]
 )
-def test_the_defaults_are_those_of_the_shipped_file(on, kind, name):
-    on(kind)
+def test_the_defaults_are_those_of_the_shipped_file(kind, name):
     shipped = load_config(CONFIGS / name, [])
-    config = with_smoke_defaults(load_config(None, []))
+    config = with_smoke_defaults(load_config(None, []), kind)
     ignored = {"logging_steps"}
     assert config.grpo == {k: v for k, v in shipped.grpo.items() if k not in ignored}
     for section in ("rollout", "dpo", "batch", "smoke", "sdpo"):
         assert getattr(config, section) == getattr(shipped, section), section
 
 
-def test_what_was_given_is_kept_and_a_group_stays_whole(on):
-    on("cpu")
+def test_what_was_given_is_kept_and_a_group_stays_whole():
     given = ["grpo.num_generations=8", "rollout.max_turns=5", "smoke.steps=3"]
-    config = with_smoke_defaults(load_config(None, given))
+    config = with_smoke_defaults(load_config(None, given), "cpu")
     assert config.grpo["num_generations"] == config.grpo["per_device_train_batch_size"] == 8
     assert (config.rollout.max_turns, config.rollout.max_action_tokens) == (5, 24)
     assert config.smoke.steps == 3
 
 
-def test_the_resolved_configuration_reloads_as_it_is(on, tmp_path):
-    on("cuda")
-    config = with_smoke_defaults(load_config(None, ["smoke.fixed_shapes=[2, 128]"]))
+def test_the_resolved_configuration_reloads_as_it_is(tmp_path):
+    config = with_smoke_defaults(load_config(None, ["smoke.fixed_shapes=[2, 128]"]), "cuda")
     path = tmp_path / "config.toml"
     path.write_text(dump_config(config))
     assert load_config(path, []) == config
@@ -51,9 +40,10 @@ def test_the_resolved_configuration_reloads_as_it_is(on, tmp_path):
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize(("num_rows", "expected"), [(1, (1, 2, 2)), (2, (2, 1, 2)), (6, (6, 1, 6))])
-def test_a_fixed_shape_has_its_own_number_of_rows_in_whole_groups(on, kind, num_rows, expected):
-    on(kind)
-    config = with_smoke_defaults(load_config(None, [f"smoke.fixed_shapes=[{num_rows}, 2048]"]))
+def test_a_fixed_shape_has_its_own_number_of_rows_in_whole_groups(kind, num_rows, expected):
+    config = with_smoke_defaults(
+        load_config(None, [f"smoke.fixed_shapes=[{num_rows}, 2048]"]), kind
+    )
     rows = config.grpo["per_device_train_batch_size"]
     steps = config.grpo.get("gradient_accumulation_steps", 1)
     assert (rows, steps, config.grpo["num_generations"]) == expected
@@ -63,6 +53,5 @@ def test_a_fixed_shape_has_its_own_number_of_rows_in_whole_groups(on, kind, num_
 @pytest.mark.parametrize(
     "options", [["beta_replay=0"], ["rollout.reward=package.module:score"], ["alpha_sdpo=0"]]
 )
-def test_no_default_is_put_where_this_run_would_ignore_it(on, options):
-    on("cuda")
-    assert check_used_options(with_smoke_defaults(load_config(None, options))) == []
+def test_no_default_is_put_where_this_run_would_ignore_it(options):
+    assert check_used_options(with_smoke_defaults(load_config(None, options), "cuda")) == []

@@ -3,11 +3,12 @@
 They are those of `configs/smoke_smollm2_135m.toml` and `configs/smoke_qwen2.5_0.5b.toml` (a test).
 """
 
+from typing import Literal
+
 from pydantic import JsonValue
 
 from composer_replication.config.config_model import ConfigModel
 from composer_replication.config.run_config import RunConfig
-from composer_replication.experiments.trainer_setup import device
 
 SectionValues = dict[str, dict[str, JsonValue]]
 
@@ -18,19 +19,24 @@ CPU_DEFAULTS: SectionValues = {
     "smoke": {"time_budget_s": 70.0},
 }
 CUDA_DEFAULTS: SectionValues = {
-    "grpo": {"num_generations": 2, "max_completion_length": 256, "learning_rate": 5e-6},
+    "grpo": {
+        "num_generations": 2,
+        "max_completion_length": 256,
+        "learning_rate": 5e-6,
+        "gradient_checkpointing": True,
+    },
     "rollout": {"max_turns": 2, "max_action_tokens": 96},
     "batch": {"max_context_tokens": 1024},
     "smoke": {"steps": 50, "max_shape_tokens": 1024},
 }
 
 
-def with_smoke_defaults(config: RunConfig) -> RunConfig:
-    """The configuration with every key that was not given set to suit this device.
+def with_smoke_defaults(config: RunConfig, device_type: Literal["cpu", "cuda"]) -> RunConfig:
+    """The configuration with every key that was not given set to suit that device.
 
-    Example: on a CPU `with_smoke_defaults(RunConfig()).grpo["num_generations"]` -> 4.
+    Example: `with_smoke_defaults(RunConfig(), "cpu").grpo["num_generations"]` -> 4.
     """
-    defaults = CUDA_DEFAULTS if device().type == "cuda" else CPU_DEFAULTS
+    defaults = CUDA_DEFAULTS if device_type == "cuda" else CPU_DEFAULTS
     grpo = {**defaults["grpo"], **_group_of(config), **config.grpo}
     # One whole group a step, whatever its size.
     grpo.setdefault("per_device_train_batch_size", grpo["num_generations"])

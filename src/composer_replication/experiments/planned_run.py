@@ -1,0 +1,101 @@
+"""`planned.json`: what the planner says of the run that is about to start, and what it missed."""
+
+from datetime import UTC, datetime
+
+import torch
+
+from composer_replication.config.run_config import RunConfig
+from composer_replication.errors import InputError
+from composer_replication.experiments.trainer_setup import device, device_label
+from composer_replication.planner.candidate import Candidate, Place
+from composer_replication.planner.local_machine import LocalCard, LocalMachine, this_machine
+from composer_replication.planner.memory import predict
+from composer_replication.planner.places import cpu_place
+from composer_replication.planner.plan import Planner, PlanRequest
+from composer_replication.planner.plan_json import candidate_answer
+from composer_replication.planner.prices import shipped_prices
+from composer_replication.planner.run_memory import STATED_ERROR
+from composer_replication.planner.run_shape import RunVerb
+from composer_replication.runs.run_directory import RunDirectory
+from composer_replication.runs.summary import Summary
+from composer_replication.units import gib
+
+PLANNED_FILE = "planned.json"
+
+
+def write_planned(
+    config: RunConfig, run: RunDirectory, verb: RunVerb, model_spec: str
+) -> Candidate | None:
+    """Plan the run for the device it is on and write `planned.json`, before its first step.
+
+    Args:
+        config: of the run.
+        run: gets the file.
+        verb: that runs it.
+        model_spec: that it trains.
+
+    Returns:
+        The prediction; None where the formulas do not know the model or the card: the run itself
+        may well work.
+    """
+    try:
+        candidate = _candidate(config, verb, model_spec)
+    except InputError:
+        return None
+    if candidate is None:
+        return None
+    run.write_json(
+        PLANNED_FILE,
+        {
+            "verb": verb,
+            "device": device_label(),
+            "model": model_spec,
+            "planned_on": datetime.now(UTC).date().isoformat(),
+            **candidate_answer(candidate).model_dump(),
+            "peak_tensor_gib": candidate.memory.peak_tensor_gib,
+            "bare_step_s": candidate.bare_step_s,
+            "timeout_s": candidate.timeout_s,
+        },
+    )
+    return candidate
+
+
+def plan_misses(planned: Candidate | None, summary: Summary) -> list[str]:
+    """A sentence for each figure of a run that is outside what the plan promised."""
+    if planned is None:
+        return []
+    found: list[str] = []
+    low, _, high = planned.step_s
+    median = summary.median_step_s
+    if median is not None and not low <= median <= high:
+        found.append(
+            f"The plan missed: it said {low:.2g} to {high:.2g} s a step and the median was "
+            f"{median:.2g} s. The next plan on this device is calibrated with it."
+        )
+    peak, said = summary.peak_tensor_gib, planned.memory.peak_tensor_gib
+    if peak is not None and peak > (1 + STATED_ERROR) * said:
+        found.append(
+            f"The plan missed: it said {said:.2f} GiB of tensors at most and {peak:.2f} were "
+            f"there, over its stated {STATED_ERROR:.0%}. Rows were longer than planned for, or "
+            "something is kept that the formulas do not know."
+        )
+    return found
+
+
+def _candidate(config: RunConfig, verb: RunVerb, model_spec: str) -> Candidate | None:
+    machine = this_machine()
+    place = _this_place(machine)
+    if place is None:
+        return None
+    request = PlanRequest(config.model_copy(update={"model": model_spec}), verb=verb)
+    planner = Planner(request, machine, prices=shipped_prices())
+    return planner.candidate(place, request.config, predict)
+
+
+def _this_place(machine: LocalMachine) -> Place | None:
+    if device().type == "cpu":
+        return cpu_place(machine)
+    _, total = torch.cuda.mem_get_info(device())
+    card = LocalCard(torch.cuda.get_device_name(), gib(total))
+    gpu = card.gpu
+    return None if gpu is None else Place("local", gpu.name, gpu, 1, card.capacity_gib)

@@ -1,0 +1,109 @@
+"""Earlier runs on the same device narrow the range of a step's seconds."""
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from composer_replication.planner.hardware import gpu_of_driver
+from composer_replication.planner.throughput import Range
+
+_SPREAD = 0.15
+"""Around a calibrated expectation: what the next fifty steps' median stays within."""
+
+_KEPT_RUNS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A finished run beside what was predicted for it.
+
+    Example: `measured_runs(Path("runs"))[0].step_ratio` -> 1.2, a fifth slower than predicted.
+    """
+
+    run: str
+    verb: str
+    device: str
+    model: str
+    predicted_step_s: Range
+    median_step_s: float
+    predicted_tensor_gib: float
+    peak_tensor_gib: float | None
+    predicted_wall_s: float
+    total_s: float | None
+    bare_step_s: float
+    """Expected without calibration."""
+
+    @property
+    def step_ratio(self) -> float:
+        """Measured over predicted without calibration."""
+        return self.median_step_s / self.bare_step_s
+
+
+def measured_runs(folder: Path) -> list[Measured]:
+    """Every run in a folder that was planned and ended, oldest first; others are passed over."""
+    found = [run for path in _run_folders(folder) if (run := _read(path)) is not None]
+    return [run for _, run in sorted(found, key=lambda pair: pair[0])]
+
+
+def device_key(label: str) -> str:
+    """What a summary's `device` is called in a plan: a card's name, or `cpu`.
+
+    Example: `device_key("NVIDIA L4")` -> `"L4"`.
+    """
+    if label.endswith("CPU"):
+        return "cpu"
+    gpu = gpu_of_driver(label, 80.0 if "80GB" in label else 40.0)
+    return label if gpu is None else gpu.name
+
+
+def factor_from(runs: list[Measured], *, device: str, model: str) -> float | None:
+    """How many times longer than predicted steps take on a device; None: nothing is known.
+
+    Runs of the same model count before those of others.
+    """
+    here = [run for run in runs if device_key(run.device) == device]
+    same = [run for run in here if run.model == model]
+    ratios = [run.step_ratio for run in (same or here)[-_KEPT_RUNS:]]
+    return statistics.median(ratios) if ratios else None
+
+
+def calibrated(step_s: Range, factor: float) -> Range:
+    """The range around what was measured."""
+    expected = step_s.expected * factor
+    return Range((1 - _SPREAD) * expected, expected, (1 + _SPREAD) * expected)
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    if (folder / "planned.json").is_file():
+        yield folder
+    elif folder.is_dir():
+        yield from (path.parent for path in sorted(folder.glob("*/planned.json")))
+
+
+def _read(path: Path) -> tuple[float, Measured] | None:
+    try:
+        planned = json.loads((path / "planned.json").read_text("utf-8"))
+        summary = json.loads((path / "summary.json").read_text("utf-8"))
+        written_s = (path / "summary.json").stat().st_mtime
+        median_s = summary["median_step_s"]
+        if summary["status"] == "stopped" or not median_s:
+            return None
+        return written_s, Measured(
+            run=path.name,
+            verb=planned["verb"],
+            device=planned["device"],
+            model=planned["model"],
+            predicted_step_s=Range(*cast("list[float]", planned["step_s"])),
+            median_step_s=median_s,
+            predicted_tensor_gib=planned["peak_tensor_gib"],
+            peak_tensor_gib=summary["peak_tensor_gib"],
+            predicted_wall_s=planned["wall_s"],
+            total_s=summary["total_s"],
+            bare_step_s=planned["bare_step_s"],
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        # A run that is going on, was killed, or comes from a version without plans.
+        return None

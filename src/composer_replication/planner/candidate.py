@@ -1,0 +1,145 @@
+"""`Candidate`: one place to run, with the memory, the seconds and the dollars of the run there."""
+
+from dataclasses import dataclass
+
+from composer_replication.config.execution_sections import ModalConfig
+from composer_replication.planner.calibration import calibrated
+from composer_replication.planner.cost import SMOKE_TIMEOUT_S, Cost, estimate, timeout_s
+from composer_replication.planner.hardware import Gpu
+from composer_replication.planner.memory import predict
+from composer_replication.planner.prices import PriceTable
+from composer_replication.planner.run_memory import Predictor, RunMemory, run_memory, weights_gib
+from composer_replication.planner.run_shape import RunShape
+from composer_replication.planner.throughput import (
+    Range,
+    Speed,
+    gpu_speed,
+    step_range,
+    step_terms,
+)
+from composer_replication.planner.wall_clock import WallClock, Where, wall_clock
+
+_MODAL_MEMORY_GIB = 16.0
+_MEMORY_PER_WEIGHTS = 1.5
+"""RAM that a remote run asks for where its configuration does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run could go.
+
+    Example: `Place("modal", "L4", GPUS["L4"], 1, 22.03)`.
+    """
+
+    where: Where
+    name: str
+    """The card's name, or `cpu`."""
+    gpu: Gpu | None
+    """Its rates; None for a CPU."""
+    num_gpus: int
+    capacity_gib: float
+    speed: Speed | None = None
+    """Of a CPU."""
+    is_assumed: bool = False
+    """A local card that was asked for and is not in this machine."""
+
+    @property
+    def label(self) -> str:
+        """`L4` or `H100:2`."""
+        return self.name if self.num_gpus <= 1 else f"{self.name}:{self.num_gpus}"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A run in one place."""
+
+    place: Place
+    shape: RunShape
+    memory: RunMemory
+    terms_s: dict[str, Range]
+    step_s: Range
+    bare_step_s: float
+    """Expected seconds of a step before calibration."""
+    clock: WallClock
+    expected_usd: float
+    worst_usd: float
+    usd_per_hour: float
+    timeout_s: float
+    is_calibrated: bool
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory suffices."""
+        return self.memory.peak_gib <= self.place.capacity_gib
+
+    @property
+    def wall_s(self) -> float:
+        """Expected seconds from the command to its end."""
+        return self.clock.total_s.expected
+
+
+def make_candidate(
+    place: Place,
+    shape: RunShape,
+    modal: ModalConfig,
+    prices: PriceTable,
+    *,
+    predictor: Predictor = predict,
+    factor: float | None = None,
+) -> Candidate:
+    """The run in that place.
+
+    Args:
+        place: where.
+        shape: of the run on that kind of device.
+        modal: what a remote run asks for.
+        prices: of a remote run.
+        predictor: of a step's memory.
+        factor: measured seconds over predicted ones on this device; None: not known.
+    """
+    speed = place.speed if place.gpu is None else gpu_speed(place.gpu, shape.case)
+    assert speed is not None, "a CPU place knows its speed"
+    num_gpus = max(place.num_gpus, 1)
+    seconds = step_terms(shape, speed, num_gpus)
+    bare = step_range(seconds)
+    step_s = bare
+    if factor is not None:
+        seconds = {name: term.times(factor) for name, term in seconds.items()}
+        step_s = calibrated(bare, factor)
+    weights = weights_gib(shape.case)
+    clock = wall_clock(shape, step_s, weights, where=place.where)
+    limit_s = modal.timeout_s or _timeout(shape, clock)
+
+    def bill(seconds: float) -> Cost:
+        return estimate(
+            place.name,
+            num_gpus,
+            seconds,
+            cpu_cores=modal.cpu_cores,
+            memory_gib=modal.memory_gib or max(_MODAL_MEMORY_GIB, _MEMORY_PER_WEIGHTS * weights),
+            region=modal.region,
+            retries=modal.retries,
+            prices=prices,
+        )
+
+    is_remote = place.where == "modal"
+    expected_s = min(clock.total_s.expected, limit_s)
+    return Candidate(
+        place=place,
+        shape=shape,
+        memory=run_memory(shape, num_gpus, predictor),
+        terms_s=seconds,
+        step_s=step_s,
+        bare_step_s=bare.expected,
+        clock=clock,
+        expected_usd=bill(expected_s).usd if is_remote else 0.0,
+        worst_usd=bill(limit_s).worst_usd if is_remote else 0.0,
+        usd_per_hour=bill(0.0).usd_per_hour if is_remote else 0.0,
+        timeout_s=limit_s,
+        is_calibrated=factor is not None,
+    )
+
+
+def _timeout(shape: RunShape, clock: WallClock) -> float:
+    """Twice the high estimate; a smoke has half an hour, as the founding note gives it."""
+    return SMOKE_TIMEOUT_S if shape.verb == "smoke" else timeout_s(clock.total_s.high)

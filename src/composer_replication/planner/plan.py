@@ -1,0 +1,256 @@
+"""`make_plan`: every place a run could go, the one to take, and what a cheaper one would need."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Literal
+
+from composer_replication.config.run_config import RunConfig
+from composer_replication.config.smoke_defaults import with_smoke_defaults
+from composer_replication.planner.calibration import Measured, factor_from
+from composer_replication.planner.candidate import Candidate, Place, make_candidate
+from composer_replication.planner.cost import SMOKE_BUDGET_USD, check_budget
+from composer_replication.planner.data_shape import DataShape, data_shape
+from composer_replication.planner.decision import EXIT_OVER_CAP, Decision, decide, next_cheaper
+from composer_replication.planner.hardware import GpuRequest
+from composer_replication.planner.local_machine import LocalMachine
+from composer_replication.planner.memory import predict
+from composer_replication.planner.model_files import (
+    EMBEDDED_SPEC,
+    REFERENCE_SPEC,
+    Settings,
+    model_settings,
+)
+from composer_replication.planner.places import On, more_cards, places
+from composer_replication.planner.prices import PriceTable
+from composer_replication.planner.remedies import smallest_change
+from composer_replication.planner.run_memory import Predictor
+from composer_replication.planner.run_shape import RunShape, RunVerb, run_shape
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What is to be planned.
+
+    Example: `PlanRequest(config, on="modal", budget_usd=5.0)`.
+    """
+
+    config: RunConfig
+    on: On = "all"
+    gpu: GpuRequest | None = None
+    budget_usd: float | None = None
+    """Cap on the worst case; None: 5 USD for a smoke, none for a train run."""
+    fills_smoke_defaults: bool = False
+    """Without a configuration file a smoke takes sizes that suit the device."""
+    verb: RunVerb | None = None
+    """That runs it; None: as `run_shape` reads it off the configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The answer.
+
+    Example: `make_plan(request, machine, prices=prices, today=today).chosen`.
+    """
+
+    candidates: list[Candidate]
+    decision: Decision
+    cheaper_fit: str | None
+    prices_as_of: str
+    budget_usd: float | None
+    warnings: list[str] = field(default_factory=list[str])
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """Where to run; None: nowhere."""
+        return self.decision.chosen
+
+    @property
+    def exit_code(self) -> int:
+        """0, 1 where nothing fits, 2 over the cap."""
+        return self.decision.exit_code
+
+
+class Planner:
+    """A request with the model's sizes and the data's lengths read once."""
+
+    def __init__(
+        self,
+        request: PlanRequest,
+        machine: LocalMachine,
+        *,
+        prices: PriceTable,
+        predictor: Predictor = predict,
+        runs: Sequence[Measured] = (),
+    ) -> None:
+        """Keep what candidates are made of.
+
+        Args:
+            request: what is to be planned.
+            machine: this one.
+            prices: of Modal.
+            predictor: of a step's memory: formulas, or a simulation.
+            runs: that were measured, to calibrate with.
+        """
+        self.request = request
+        self.machine = machine
+        self.prices = prices
+        self._predictor = predictor
+        self._runs = list(runs)
+        self._settings: dict[str, Settings] = {}
+        self._data: DataShape | None = None
+
+    def candidates(self) -> list[Candidate]:
+        """One for each place; where no single card suffices, the fewest that do, too."""
+        config = self.request.config
+        found = [
+            self.candidate(place, config, self._predictor)
+            for place in places(self.machine, self.request.on, self.request.gpu)
+        ]
+        if self.request.gpu is not None or any(candidate.fits for candidate in found):
+            return found
+        for place in [candidate.place for candidate in found]:
+            several = (self.candidate(more, config, self._predictor) for more in more_cards(place))
+            enough = next((candidate for candidate in several if candidate.fits), None)
+            if enough is not None:
+                found.append(enough)
+        return found
+
+    def candidate(self, place: Place, config: RunConfig, predictor: Predictor) -> Candidate:
+        """A configuration in a place."""
+        spec = self.model_spec(place, config)
+        return make_candidate(
+            place,
+            self.shape(place, config),
+            config.modal,
+            self.prices,
+            predictor=predictor,
+            factor=factor_from(self._runs, device=place.name, model=spec),
+        )
+
+    def shape(self, place: Place, config: RunConfig) -> RunShape:
+        """The run as numbers on that kind of device."""
+        device_type: Literal["cpu", "cuda"] = "cpu" if place.gpu is None else "cuda"
+        if self.request.fills_smoke_defaults:
+            config = with_smoke_defaults(config, device_type)
+        spec = self.model_spec(place, config)
+        if spec not in self._settings:
+            self._settings[spec] = model_settings(spec)
+        if self._data is None:
+            self._data = data_shape(config.data)
+        # CUDA says that every card computes bf16, the T4, which emulates it, included.
+        computes_bf16 = place.gpu is not None or self.machine.computes_bf16
+        return run_shape(
+            config,
+            self._settings[spec],
+            self._data,
+            device_type=device_type,
+            computes_bf16=computes_bf16,
+            verb=self.request.verb,
+        )
+
+    def model_spec(self, place: Place, config: RunConfig) -> str:
+        """The run's model; without one, what a run takes on that device."""
+        return config.model or (EMBEDDED_SPEC if place.gpu is None else REFERENCE_SPEC)
+
+    def fitting_change(self, candidate: Candidate) -> str | None:
+        """The smallest change after which a candidate fits, in words; None: none of the known."""
+
+        def fits(config: RunConfig) -> bool:
+            return self.candidate(candidate.place, config, predict).fits
+
+        change = smallest_change(self.request.config, fits)
+        if change is None:
+            return None
+        after = self.candidate(candidate.place, change.config, predict)
+        return (
+            f"{candidate.place.label} would fit with {change.setting} "
+            f"({after.memory.peak_gib:.1f} of {candidate.place.capacity_gib:.1f} GiB)."
+        )
+
+
+def make_plan(
+    request: PlanRequest,
+    machine: LocalMachine,
+    *,
+    prices: PriceTable,
+    today: date,
+    predictor: Predictor = predict,
+    runs: Sequence[Measured] = (),
+) -> Plan:
+    """The plan of a run.
+
+    Args:
+        request: what is to be planned.
+        machine: this one.
+        prices: of Modal.
+        today: to judge the age of the prices.
+        predictor: of a step's memory.
+        runs: that were measured.
+
+    Raises:
+        InputError: a model, data, card or cap that cannot be planned with.
+    """
+    planner = Planner(request, machine, prices=prices, predictor=predictor, runs=runs)
+    candidates = planner.candidates()
+    budget = _budget(request, candidates)
+    retries = request.config.modal.retries
+    decision = decide(candidates, budget_usd=budget, retries=retries)
+    cheaper = next_cheaper(candidates, decision.chosen)
+    is_over_cap = decision.exit_code == EXIT_OVER_CAP
+    change = None if cheaper is None or is_over_cap else planner.fitting_change(cheaper)
+    if decision.chosen is None and not is_over_cap and change is None:
+        largest = max(candidates, key=lambda c: c.place.capacity_gib)
+        change = planner.fitting_change(largest)
+    return Plan(
+        candidates=candidates,
+        decision=decision,
+        cheaper_fit=change,
+        prices_as_of=prices.as_of.isoformat(),
+        budget_usd=budget,
+        warnings=_warnings(request, candidates, machine, prices, today),
+    )
+
+
+def _budget(request: PlanRequest, candidates: Sequence[Candidate]) -> float | None:
+    if request.budget_usd is not None:
+        return check_budget(request.budget_usd)
+    is_smoke = all(candidate.shape.verb == "smoke" for candidate in candidates)
+    return SMOKE_BUDGET_USD if is_smoke else None
+
+
+def _warnings(
+    request: PlanRequest,
+    candidates: Sequence[Candidate],
+    machine: LocalMachine,
+    prices: PriceTable,
+    today: date,
+) -> list[str]:
+    found = [warning] if (warning := prices.age_warning(today)) is not None else []
+    unknown = [card.name for card in machine.cards if card.gpu is None]
+    if unknown and request.on != "modal":
+        found.append(f"{unknown[0]} is not in the table of cards, so it is left out.")
+    gpus = [candidate.place.gpu for candidate in candidates]
+    if any(gpu is not None and not gpu.has_bf16 for gpu in gpus):
+        found.append("T4 has no bf16: it emulates it at the speed of fp32, and comes last.")
+    found += [
+        f"{candidate.place.label} is not in this machine; its table entry is planned with."
+        for candidate in candidates
+        if candidate.place.is_assumed
+    ]
+    if any(candidate.place.num_gpus > 1 for candidate in candidates):
+        found.append("Several cards: sharded by FSDP, by formula alone; no run was measured.")
+    if request.config.model is None:
+        specs = sorted({_label(candidate) for candidate in candidates})
+        found.append(f"No model is named: planned with {' and '.join(specs)}.")
+    if request.config.smoke.fixed_shapes is None:
+        found.append("Row lengths are estimated from the data's characters.")
+    if not any(candidate.is_calibrated for candidate in candidates):
+        found.append(
+            "Seconds are uncalibrated: a run on the device narrows them, or --probe for ten steps."
+        )
+    return found
+
+
+def _label(candidate: Candidate) -> str:
+    return EMBEDDED_SPEC if candidate.place.gpu is None else REFERENCE_SPEC

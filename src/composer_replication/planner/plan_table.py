@@ -1,0 +1,108 @@
+"""A plan as a reader decides by it: the answer, the table, and the next command."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from composer_replication.planner.candidate import Candidate
+from composer_replication.planner.duration_text import duration
+from composer_replication.planner.plan import Plan
+from composer_replication.planner.solving import Solved
+from composer_replication.planner.wall_clock import num_steps
+
+
+def print_plan(
+    plan: Plan, console: Console, *, config_path: Path | None, solved: list[Solved]
+) -> None:
+    """Print the plan.
+
+    Args:
+        plan: to print.
+        console: to print on.
+        config_path: of the configuration, for the next command.
+        solved: what `--solve` found; empty where it was not asked for.
+    """
+
+    def line(title: str, text: str) -> None:
+        console.print(Text(f"{title:<8}{text}"), soft_wrap=True)
+
+    chosen = plan.chosen
+    if chosen is None:
+        line("run", "nowhere")
+    else:
+        low, expected, high = chosen.step_s
+        line(
+            "run",
+            f"{chosen.place.label}, {chosen.place.where}: "
+            f"{chosen.memory.peak_gib:.1f} of {chosen.place.capacity_gib:.1f} GiB; "
+            f"{num_steps(chosen.shape, chosen.step_s)} steps of {duration(expected)} "
+            f"({duration(low)} to {duration(high)}); "
+            f"{duration(chosen.wall_s)}; {_dollars(chosen)}",
+        )
+    line("why", plan.decision.reason)
+    if plan.cheaper_fit is not None:
+        line("cheaper", plan.cheaper_fit)
+    for each in solved:
+        line("solved", each.text)
+    console.print(_table(plan), crop=False)
+    for warning in plan.warnings:
+        line("note", warning)
+    line("prices", f"of {plan.prices_as_of}, USD; worst is every attempt at its time-out")
+    if chosen is not None:
+        line("next", _next_command(chosen, config_path))
+
+
+def _table(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title, justify in (
+        ("", "left"),
+        ("where", "left"),
+        ("gpu", "left"),
+        ("fits", "left"),
+        ("GiB", "right"),
+        ("of", "right"),
+        ("step", "right"),
+        ("wall", "right"),
+        ("usd", "right"),
+        ("worst", "right"),
+    ):
+        table.add_column(title, justify=justify, no_wrap=True)  # pyright: ignore[reportArgumentType]
+    for candidate in plan.candidates:
+        is_chosen = candidate is plan.chosen
+        style = "bold" if is_chosen else "" if candidate.fits else "dim"
+        table.add_row(*_cells(candidate, is_chosen=is_chosen, plan=plan), style=style)
+    return table
+
+
+def _cells(candidate: Candidate, *, is_chosen: bool, plan: Plan) -> list[str]:
+    missing_gib = candidate.memory.peak_gib - candidate.place.capacity_gib
+    fits = "yes" if candidate.fits else f"misses {missing_gib:.1f}"
+    is_over = plan.budget_usd is not None and candidate.worst_usd > plan.budget_usd
+    if candidate.fits and is_over:
+        fits = "over cap"
+    is_remote = candidate.place.where == "modal"
+    return [
+        "->" if is_chosen else "",
+        candidate.place.where,
+        candidate.place.label,
+        fits,
+        f"{candidate.memory.peak_gib:.1f}",
+        f"{candidate.place.capacity_gib:.1f}",
+        duration(candidate.step_s.expected),
+        duration(candidate.wall_s),
+        f"${candidate.expected_usd:.2f}" if is_remote else "$0",
+        f"${candidate.worst_usd:.2f}" if is_remote else "$0",
+    ]
+
+
+def _dollars(candidate: Candidate) -> str:
+    if candidate.place.where == "local":
+        return "0 USD"
+    return f"{candidate.expected_usd:.2f} USD expected, {candidate.worst_usd:.2f} at worst"
+
+
+def _next_command(chosen: Candidate, config_path: Path | None) -> str:
+    file = "" if config_path is None else f" {config_path}"
+    return f"composer-replication {chosen.shape.verb}{file}"

@@ -1,0 +1,167 @@
+"""The memory of a whole run on one device: the step, its rollouts, and the device's own share.
+
+`memory.py` knows the project's step. A run adds TRL's tiles for GRPO's head, the mask of padded
+rows, the key-value cache of its rollouts and, on several cards, sharding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from composer_replication.planner.layer_memory import BF16, FP32, Precision, layer_memory
+from composer_replication.planner.memory import MemoryEstimate, persistent_bytes, predict
+from composer_replication.planner.model_shape import ModelShape, model_shape
+from composer_replication.planner.run_shape import RolloutShape, RunShape
+from composer_replication.planner.step_case import StepCase
+from composer_replication.units import gib
+
+CUDA_CONTEXT_GIB = 0.6
+"""CUDA's context with torch's kernels and cuBLAS's workspace; 0.4 to 0.6 was seen by others."""
+
+FRAGMENTATION = 0.05
+"""Of the tensors: blocks that the allocator holds and nothing uses."""
+
+LIBRARIES_GIB = 0.6
+"""Python with torch and transformers imported, in a process on a CPU."""
+
+STATED_ERROR = 0.07
+"""The peak of tensors is promised within this share."""
+
+_TRL_TOKENS, _TRL_VOCAB = 4096, 32_768
+"""Rows and vocabulary entries of one tile of TRL's head."""
+
+Predictor = Callable[[StepCase], MemoryEstimate]
+
+
+@dataclass(frozen=True, slots=True)
+class RunMemory:
+    """What a run takes of one device; GiB.
+
+    Example: `run_memory(shape, 1).peak_gib`.
+    """
+
+    terms_gib: dict[str, float]
+    """Add up to `peak_gib`: what stays, the phase with the most, and the device's own share."""
+    peak_phase: str
+
+    @property
+    def peak_gib(self) -> float:
+        """All of it."""
+        return sum(self.terms_gib.values())
+
+    @property
+    def peak_tensor_gib(self) -> float:
+        """Tensors alone, as a run measures them."""
+        return sum(v for name, v in self.terms_gib.items() if name not in _DEVICE_TERMS)
+
+
+_DEVICE_TERMS = ("context", "fragmentation", "libraries")
+
+
+def run_memory(shape: RunShape, num_gpus: int, predictor: Predictor = predict) -> RunMemory:
+    """The memory of a run on each of `num_gpus` cards.
+
+    Args:
+        shape: of the run.
+        num_gpus: cards that the weights are sharded over (FSDP); 1: no sharding.
+        predictor: of a step on one card; formulas, or a simulation. Sharding is by formula.
+    """
+    best: RunMemory | None = None
+    for case in _cases(shape):
+        estimate = predictor(case) if num_gpus == 1 else predict(case, num_gpus)
+        found = _of_case(shape, case, estimate)
+        if best is None or found.peak_gib > best.peak_gib:
+            best = found
+    assert best is not None, "every run has at least one kind of step"
+    return best
+
+
+def _cases(shape: RunShape) -> list[StepCase]:
+    """The kinds of step: channels that take turns are never in memory together."""
+    case = shape.case
+    if not (shape.alternates and case.num_sites and case.num_pairs):
+        return [case]
+    return [replace(case, num_pairs=0), _without_sites(case)]
+
+
+def _without_sites(case: StepCase) -> StepCase:
+    """The teacher stays in memory when its channel rests: one site without tokens keeps it."""
+    return replace(case, num_sites=1, state_tokens=1, hint_tokens=0, action_tokens=1)
+
+
+def _of_case(shape: RunShape, case: StepCase, estimate: MemoryEstimate) -> RunMemory:
+    model = model_shape(case.model)
+    persistent = dict(estimate.persistent_gib)
+    total = sum(persistent.values())
+    extra = gib(_padding_bytes(case, model) if shape.is_padded else 0)
+    phases = {phase: peak - total for phase, peak in estimate.phases_gib.items()}
+    for phase in ("loss", "backward"):
+        phases[phase] += extra + gib(_trl_head_bytes(case, model, phase))
+    phases["policy_forward"] += extra
+    phases["rollout"] = gib(_rollout_bytes(shape.rollouts, case, model))
+    phase = max(phases, key=phases.__getitem__)
+    terms = {**persistent, f"{phase}_phase": phases[phase]}
+    tensors = sum(terms.values())
+    if case.device_type == "cuda":
+        terms |= {"context": CUDA_CONTEXT_GIB, "fragmentation": FRAGMENTATION * tensors}
+    else:
+        terms |= {"libraries": LIBRARIES_GIB}
+    return RunMemory(terms, phase)
+
+
+def _trl_head_bytes(case: StepCase, model: ModelShape, phase: str) -> int:
+    """What TRL's head takes beyond ours for the rollouts.
+
+    On CUDA it projects the completions alone; elsewhere every row of the micro-batch, and folds
+    each tile with operations that make copies of it.
+    """
+    if case.num_rollouts == 0:
+        return 0
+    compute = Precision.of(case).compute
+    on_cuda = case.device_type == "cuda"
+    row = case.completion_tokens if on_cuda else case.prompt_tokens + case.completion_tokens
+    rows = min(case.num_rollouts * row, _TRL_TOKENS)
+    columns = min(model.vocab, _TRL_VOCAB)
+    copies = 1 if on_cuda else 3
+    tile = rows * columns * (compute + (copies - 1) * FP32)
+    if phase == "backward" and case.lora_r is None and compute != Precision.of(case).weights:
+        # Under autocast the part of the head that a tile meets is cast.
+        tile += BF16 * columns * model.hidden
+    return tile
+
+
+def _padding_bytes(case: StepCase, model: ModelShape) -> int:
+    """A mask a forward, and with a mask keys and values are repeated for every query head."""
+    rollout_row = case.prompt_tokens + case.completion_tokens
+    site_row = case.state_tokens + case.hint_tokens + case.action_tokens
+    pair_row = case.pair_state_tokens + case.pair_action_tokens
+    rows = (
+        (case.num_rollouts, rollout_row),
+        (case.num_sites, site_row),
+        (case.num_pairs, pair_row),
+    )
+    rows += ((case.num_pairs, pair_row),)
+    mask = sum(number * length**2 for number, length in rows)
+    if case.checkpoints:
+        return mask
+    tokens = sum(number * length for number, length in rows)
+    repeated = 2 * Precision.of(case).compute * (model.q_dim - model.kv_dim)
+    return mask + tokens * repeated * model.num_layers
+
+
+def _rollout_bytes(rollouts: RolloutShape, case: StepCase, model: ModelShape) -> int:
+    """The cache of every row, one layer's copy while it grows, last logits, cast weights."""
+    if rollouts.num_rows == 0:
+        return 0
+    compute = Precision.of(case).compute
+    tokens = rollouts.num_rows * (rollouts.prompt_tokens + rollouts.sampled_tokens)
+    cache = 2 * compute * model.kv_dim * tokens * (model.num_layers + 2)
+    prompt_tokens = rollouts.num_rows * rollouts.prompt_tokens
+    prefill = layer_memory(case).forward_per_token * prompt_tokens
+    logits = 3 * FP32 * rollouts.num_rows * model.vocab
+    cast = BF16 * model.num_parameters if case.autocasts and case.lora_r is None else 0
+    return cache + max(prefill, logits) + cast
+
+
+def weights_gib(case: StepCase) -> float:
+    """The weights alone, which are downloaded, loaded and saved."""
+    return gib(persistent_bytes(case)["weights"])

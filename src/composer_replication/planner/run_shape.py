@@ -1,0 +1,245 @@
+"""From a run's configuration to its largest micro-batch, its rollouts and its number of steps."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+from composer_replication.config.run_config import RunConfig
+from composer_replication.errors import ConfigError
+from composer_replication.planner.data_shape import DataShape
+from composer_replication.planner.model_files import Settings
+from composer_replication.planner.step_case import OptimizerName, StepCase, TeacherKind
+
+TRL_DEFAULTS = {
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_generations": 8,
+    "max_completion_length": 512,
+    "num_iterations": 1,
+}
+
+SMOKE_STEPS = 50
+"""Most that a smoke takes where `smoke.steps` says nothing."""
+
+RunVerb = Literal["smoke", "train"]
+
+_TRL_EPOCHS = 3.0
+
+_OPTIMIZERS: dict[str, OptimizerName] = {
+    "adamw_torch_fused": "adamw_torch_fused",
+    "adamw_torch": "adamw_torch",
+    "adamw_hf": "adamw_torch",
+    "sgd": "sgd",
+    "adafactor": "adafactor",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutShape:
+    """What is sampled before a step; 0 rows where nothing is."""
+
+    num_rows: int
+    """Sampled together, whatever the micro-batch is."""
+    prompt_tokens: int
+    sampled_tokens: int
+    """Most that one row samples, one after another."""
+    resampled_tokens: int
+    """Sampled for the actions at hint sites."""
+    num_resampled: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunShape:
+    """A run as numbers, on one kind of device.
+
+    Example: `run_shape(config, settings, data, device_type="cuda").num_steps`.
+    """
+
+    case: StepCase
+    """The largest micro-batch that the run can meet."""
+    rollouts: RolloutShape
+    num_micro_batches: int
+    num_steps: int
+    steps_budget_s: float | None
+    """A smoke on a CPU that names no number of steps takes as many as fit this; None: all."""
+    verb: RunVerb
+    typical_share: float
+    """Tokens of a typical row over those of the largest."""
+    tree_share: float
+    alternates: bool
+    is_padded: bool
+    """Rows of unequal length are padded, which gives attention a mask to keep."""
+
+
+def run_shape(
+    config: RunConfig,
+    settings: Settings,
+    data: DataShape,
+    *,
+    device_type: Literal["cpu", "cuda"],
+    computes_bf16: bool,
+    verb: RunVerb | None = None,
+) -> RunShape:
+    """The numbers of a run.
+
+    Args:
+        config: of the run, the smoke's defaults filled in.
+        settings: the model's `config.json`.
+        data: lengths of its rows; not read where the shapes are fixed.
+        device_type: decides precision and tiles.
+        computes_bf16: the device multiplies bf16, so the run computes in it unless it is told
+            otherwise.
+        verb: that runs it; None: `train` where `[grpo]` sets a length, `smoke` otherwise.
+
+    Raises:
+        ConfigError: an optimizer whose memory is not known.
+    """
+    micro_batches = count(config, "gradient_accumulation_steps")
+    verb = verb or _verb(config)
+    setting = _setting(config, settings, device_type, computes_bf16)
+    case = _with_rows(setting, config, data, verb)
+    takes_what_fits = verb == "smoke" and config.smoke.steps is None and device_type == "cpu"
+    return RunShape(
+        case=replace(case, accumulates=micro_batches > 1),
+        rollouts=_rollouts(config, case, micro_batches),
+        num_micro_batches=micro_batches,
+        num_steps=_num_steps(config, data, verb),
+        steps_budget_s=config.smoke.time_budget_s if takes_what_fits else None,
+        verb=verb,
+        typical_share=_typical_share(config, case, data),
+        tree_share=data.tree_share,
+        alternates=config.batch.channel_schedule == "alternate",
+        is_padded=config.smoke.fixed_shapes is None,
+    )
+
+
+def count(config: RunConfig, key: str) -> int:
+    """A whole number of `[grpo]`, or TRL's default."""
+    return cast(int, config.grpo.get(key, TRL_DEFAULTS[key]))
+
+
+def _setting(
+    config: RunConfig, settings: Settings, device_type: Literal["cpu", "cuda"], computes_bf16: bool
+) -> StepCase:
+    """The case without its rows."""
+    has_bf16 = bool(config.grpo.get("bf16", computes_bf16 and not config.grpo.get("fp16")))
+    autocasts = has_bf16 or bool(config.grpo.get("fp16"))
+    lora = config.lora
+    kwargs = config.grpo.get("model_init_kwargs")
+    asked = kwargs.get("dtype") if isinstance(kwargs, dict) else None
+    is_half = asked in ("bfloat16", "float16") or (asked is None and lora is not None and has_bf16)
+    name = str(config.grpo.get("optim", "adamw_torch_fused"))
+    if name not in _OPTIMIZERS:
+        raise ConfigError(
+            f"grpo.optim is {name!r}, whose memory is not known here. Known: "
+            f"{', '.join(_OPTIMIZERS)}. Plan with one of them for an upper bound."
+        )
+    default_teacher: TeacherKind = "ema" if lora is None else "frozen"
+    return StepCase(
+        settings,
+        teacher=config.teacher or default_teacher,
+        weights_dtype="bfloat16" if is_half else "float32",
+        autocasts=autocasts,
+        optimizer=_OPTIMIZERS[name],
+        lora_r=None if lora is None else lora.r,
+        lora_targets="all-linear" if lora is None else _targets(lora.target_modules),
+        checkpoints=bool(config.grpo.get("gradient_checkpointing", False)),
+        executor="separate",
+        device_type=device_type,
+    )
+
+
+def _targets(targets: list[str] | str) -> tuple[str, ...] | str:
+    return targets if isinstance(targets, str) else tuple(targets)
+
+
+def _with_rows(case: StepCase, config: RunConfig, data: DataShape, verb: RunVerb) -> StepCase:
+    """The rows of the largest micro-batch."""
+    micro_batches = count(config, "gradient_accumulation_steps")
+    rows = count(config, "per_device_train_batch_size")
+    completion = count(config, "max_completion_length")
+    sites = math.ceil(config.sdpo.sites_per_step / micro_batches) if config.alpha_sdpo > 0 else 0
+    pairs = math.ceil(config.dpo.pairs_per_step / micro_batches) if config.beta_replay > 0 else 0
+    shape, limit = config.smoke.fixed_shapes, config.batch.max_context_tokens
+    if shape is not None:
+        rows, row = shape
+        completion = min(completion, row // 2)
+        context, action, hint = row, min(32, row // 4), min(24, row // 4)
+        pair_context, pair_action = row, action
+    else:
+        row = completion + data.prompts.longest_state
+        if verb == "smoke" and config.smoke.max_shape_tokens is not None:
+            row = config.smoke.max_shape_tokens
+            completion = min(completion, row - 1)
+        of_sites = data.hint_sites
+        action = max(of_sites.longest_action, config.rollout.max_action_tokens)
+        hint = max(of_sites.longest_hint, 48)
+        context = max(of_sites.longest_state, row - config.rollout.max_action_tokens)
+        context += action + hint
+        pair_action = max(data.pairs.longest_action, 1)
+        pair_context = data.pairs.longest_state + pair_action
+        if limit is not None:
+            is_smoke = verb == "smoke"
+            # A smoke's step at the largest shape fills every row to the limit.
+            context = limit if is_smoke else min(context, limit)
+            pair_context = limit if is_smoke else min(pair_context, limit)
+    action, hint = min(action, context // 2), min(hint, context // 4)
+    pair_action = min(pair_action, pair_context // 2)
+    return replace(
+        case,
+        num_rollouts=rows,
+        prompt_tokens=max(row - completion, 1),
+        completion_tokens=completion,
+        num_sites=sites,
+        state_tokens=max(context - hint - action, 1),
+        hint_tokens=hint,
+        action_tokens=max(action, 1),
+        num_pairs=pairs,
+        pair_state_tokens=max(pair_context - pair_action, 1),
+        pair_action_tokens=max(pair_action, 1),
+    )
+
+
+def _rollouts(config: RunConfig, case: StepCase, micro_batches: int) -> RolloutShape:
+    if config.smoke.fixed_shapes is not None:
+        return RolloutShape(0, 0, 0, 0, 0)
+    per_generation = config.grpo.get("steps_per_generation", micro_batches)
+    assert isinstance(per_generation, int)
+    sampled = case.completion_tokens
+    if config.rollout.reward is None:
+        sampled = min(sampled, config.rollout.max_turns * config.rollout.max_action_tokens)
+    resamples = config.alpha_sdpo > 0 and config.sdpo.actions == "resampled"
+    return RolloutShape(
+        num_rows=case.num_rollouts * per_generation,
+        prompt_tokens=case.prompt_tokens,
+        sampled_tokens=sampled,
+        resampled_tokens=config.rollout.max_action_tokens if resamples else 0,
+        num_resampled=config.sdpo.sites_per_step if resamples else 0,
+    )
+
+
+def _typical_share(config: RunConfig, case: StepCase, data: DataShape) -> float:
+    if config.smoke.fixed_shapes is not None:
+        return 1.0
+    longest = case.prompt_tokens + case.completion_tokens
+    typical = data.prompts.typical_row + 0.5 * case.completion_tokens
+    return min(1.0, typical / longest)
+
+
+def _verb(config: RunConfig) -> RunVerb:
+    """A run whose length `[grpo]` sets is a train run; any other is planned as a smoke."""
+    is_train = any(key in config.grpo for key in ("max_steps", "num_train_epochs"))
+    return "train" if is_train else "smoke"
+
+
+def _num_steps(config: RunConfig, data: DataShape, verb: RunVerb) -> int:
+    if verb == "smoke":
+        return config.smoke.steps or SMOKE_STEPS
+    steps = config.grpo.get("max_steps", -1)
+    if isinstance(steps, int) and steps > 0:
+        return steps
+    epochs = cast(float, config.grpo.get("num_train_epochs", _TRL_EPOCHS))
+    rows = count(config, "per_device_train_batch_size")
+    rows_a_step = rows * count(config, "gradient_accumulation_steps")
+    all_rows = data.num_prompts * count(config, "num_generations")
+    return max(1, math.ceil(epochs * all_rows / rows_a_step))

@@ -1,0 +1,146 @@
+"""`--solve KEY`: the largest value of a setting with which a run still fits."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import cast
+
+from pydantic import ValidationError
+
+from composer_replication.config.run_config import RunConfig
+from composer_replication.errors import ConfigError
+from composer_replication.planner.candidate import Candidate, Place
+from composer_replication.planner.memory import predict
+from composer_replication.planner.plan import Planner
+from composer_replication.planner.run_memory import run_memory
+from composer_replication.planner.run_shape import TRL_DEFAULTS, RunShape
+
+MAX_LENGTH = "max_length"
+"""Tokens of every row: of rollouts, of the teacher's rows and of pairs."""
+
+_LARGEST = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """The largest value in one place.
+
+    Example: `Solved(candidate, "max_length", 3120).text`.
+    """
+
+    candidate: Candidate
+    key: str
+    value: int | None
+    """None: not even the smallest fits."""
+
+    @property
+    def text(self) -> str:
+        """One line for a reader."""
+        place = self.candidate.place
+        if self.value is None:
+            return f"{place.label}: no value of {self.key} fits in {place.capacity_gib:.1f} GiB"
+        more = " or more" if self.value >= _LARGEST else ""
+        return f"{place.label}: {self.key} = {self.value}{more} is the largest that fits"
+
+
+def solve(planner: Planner, key: str, candidates: list[Candidate]) -> list[Solved]:
+    """The largest value of `key` for each candidate, whose runs are otherwise as configured.
+
+    Raises:
+        ConfigError: a key that is no whole number.
+    """
+    if key == MAX_LENGTH:
+        return [Solved(c, key, _largest(_length_fits(c), 16)) for c in candidates]
+    _current(planner.request.config, key)
+    return [Solved(c, key, _largest(_value_fits(planner, key, c.place), 1)) for c in candidates]
+
+
+def _length_fits(candidate: Candidate) -> Callable[[int], bool]:
+    place, shape = candidate.place, candidate.shape
+
+    def fits(num_tokens: int) -> bool:
+        memory = run_memory(_with_rows_of(shape, num_tokens), max(place.num_gpus, 1))
+        return memory.peak_gib <= place.capacity_gib
+
+    return fits
+
+
+def _with_rows_of(shape: RunShape, num_tokens: int) -> RunShape:
+    """The same run with every row as long as that."""
+    case = shape.case
+    completion = min(case.completion_tokens, num_tokens // 2)
+    action = min(case.action_tokens, num_tokens // 4)
+    hint = min(case.hint_tokens, num_tokens // 4)
+    pair_action = min(case.pair_action_tokens, num_tokens // 2)
+    longer = replace(
+        case,
+        prompt_tokens=num_tokens - completion,
+        completion_tokens=completion,
+        state_tokens=num_tokens - action - hint,
+        action_tokens=action,
+        hint_tokens=hint,
+        pair_state_tokens=num_tokens - pair_action,
+        pair_action_tokens=pair_action,
+    )
+    rollouts = replace(shape.rollouts, prompt_tokens=longer.prompt_tokens)
+    return replace(shape, case=longer, rollouts=rollouts)
+
+
+def _value_fits(planner: Planner, key: str, place: Place) -> Callable[[int], bool]:
+    def fits(value: int) -> bool:
+        config = _with_value(planner.request.config, key, value)
+        return config is not None and planner.candidate(place, config, predict).fits
+
+    return fits
+
+
+def _largest(fits: Callable[[int], bool], smallest: int) -> int | None:
+    """By doubling and then halving; what does not fit once never fits for a larger value."""
+    if not fits(smallest):
+        return None
+    low = smallest
+    while low < _LARGEST and fits(2 * low):
+        low *= 2
+    if low >= _LARGEST:
+        return _LARGEST
+    high = 2 * low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _current(config: RunConfig, key: str) -> None:
+    """Refuse a key that no whole number could be the value of."""
+    section, _, name = key.rpartition(".")
+    value = _lookup(config.model_dump(), key)
+    if section == "grpo" and value is None and name in TRL_DEFAULTS:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        known = f"{MAX_LENGTH}, grpo.per_device_train_batch_size, sdpo.sites_per_step"
+        raise ConfigError(
+            f"--solve {key}: its value is {value!r}, and only a whole number has a largest one "
+            f"that fits. Give for example {known}."
+        )
+
+
+def _with_value(config: RunConfig, key: str, value: int) -> RunConfig | None:
+    """The configuration with that value; None where it is out of the key's range."""
+    table = config.model_dump(exclude_none=True)
+    names = key.split(".")
+    section = table
+    for name in names[:-1]:
+        section = cast("dict[str, object]", section.setdefault(name, {}))
+    section[names[-1]] = value
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError:
+        return None
+
+
+def _lookup(table: Mapping[str, object], key: str) -> object:
+    found: object = table
+    for name in key.split("."):
+        if not isinstance(found, Mapping):
+            return None
+        found = cast("Mapping[str, object]", found).get(name)
+    return found
