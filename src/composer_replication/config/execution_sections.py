@@ -29,6 +29,11 @@ class RolloutConfig(ConfigModel):
     """Most actions in one rollout; an environment may end it sooner."""
     max_action_tokens: int = Field(default=40, ge=1)
     """Tokens sampled for one action."""
+    step_timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds in which an environment must answer one call; a rollout whose environment does not is
+    counted and has no reward."""
+    max_concurrency: int = Field(default=64, ge=1)
+    """Environments that may work at a time."""
 
     @field_validator("environment")
     @classmethod

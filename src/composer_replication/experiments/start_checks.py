@@ -1,6 +1,5 @@
 """The checks that need the starting weights, where teacher and reference equal the policy."""
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -78,7 +77,7 @@ def sites_of_run(trainer: ComposerReplicationTrainer) -> list[HintSite]:
 def _error_turns(trainer: ComposerReplicationTrainer) -> list[HintSite]:
     """Error turns of as many episodes as give two hints, played beside the run."""
     # Episodes leave marks in their environments, and those of the run must stay as they are.
-    rollouts = cast(EnvironmentRollouts, copy.deepcopy(trainer.rollout_func))
+    rollouts = cast(EnvironmentRollouts, trainer.rollout_func).fresh()
     rows = cast(Sequence[Mapping[str, object]], trainer.train_dataset)
     num_prompts = min(PROMPTS_PLAYED, len(rows))
     batch_size = trainer._composer_args.per_device_train_batch_size

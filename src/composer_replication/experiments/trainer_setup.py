@@ -300,6 +300,8 @@ def _rollouts_and_reward(
         parts.data.prompts,
         max_turns=config.rollout.max_turns,
         max_action_tokens=config.rollout.max_action_tokens,
+        step_timeout_s=config.rollout.step_timeout_s,
+        max_concurrency=config.rollout.max_concurrency,
     )
     if loaded.has_random_weights:
         parts.notes.append(

@@ -17,20 +17,32 @@ from torch import Tensor
 from composer_replication.errors import RewardError, shown
 from composer_replication.training.users_code import users_code
 
-RewardFunction = Callable[..., list[float]]
+RewardFunction = Callable[..., list[float] | list[float | None]]
 
 ENVIRONMENT_REWARD = "The environment's get_reward()"
 
 
-def environment_reward(*, environment_reward: Sequence[float], **columns: object) -> list[float]:
-    """What each rollout's environment gave, 0 to 1; `EnvironmentRollouts` fills the column.
+def environment_reward(
+    *,
+    environment_reward: Sequence[object],
+    environment_failure: Sequence[str] | None = None,
+    **columns: object,
+) -> list[float | None]:
+    """What each rollout's environment gave, 0 to 1; `EnvironmentRollouts` fills the columns.
+
+    None where the environment failed: TRL leaves such a rollout out of its group.
 
     Raises:
         RewardError: a reward that is not a finite number.
     """
+    failures = environment_failure or [""] * len(environment_reward)
     return [
-        _finite(reward, f"{ENVIRONMENT_REWARD} gave {shown(reward)} for {_rollout(index, columns)}")
-        for index, reward in enumerate(environment_reward)
+        None
+        if failure
+        else _finite(
+            reward, f"{ENVIRONMENT_REWARD} gave {shown(reward)} for {_rollout(index, columns)}"
+        )
+        for index, (reward, failure) in enumerate(zip(environment_reward, failures, strict=True))
     ]
 
 

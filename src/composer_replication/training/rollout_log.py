@@ -17,6 +17,8 @@ class RolloutRow(TypedDict):
     rewards: dict[str, float | None]
     advantage: float
     errors: list[dict[str, str]]
+    failure: str
+    """Why its environment gave no reward; empty where it gave one."""
     num_sampled_tokens: int
     schema: int
 
@@ -52,6 +54,7 @@ def rollout_rows(
                 "errors": [
                     {"kind": s.error_kind, "action": s.action, "hint": s.hint} for s in sites
                 ],
+                "failure": cast(str, row.get("environment_failure") or ""),
                 "num_sampled_tokens": int(sampled[index].sum()),
                 "schema": 1,
             }

@@ -5,60 +5,43 @@ This loop lets the model act in plain text, keeps the sampled ids exact, marks w
 wrote (`env_mask`), and turns every error turn into a hint site.
 """
 
-import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypedDict, cast
+from typing import cast
 
+import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from composer_replication.batch.render import end_of_turn_ids, render_next_turn, render_state
+from composer_replication.batch.render import render_state
 from composer_replication.environments.protocol import Observation, TextEnvironment
-from composer_replication.errors import ConfigError, DataError
-from composer_replication.traces.hints import HintSite, hint_from_error
-from composer_replication.traces.trace import Message, TurnError, messages_from
+from composer_replication.errors import ConfigError, DataError, RewardError
+from composer_replication.step.hidden_states import causal_lm
+from composer_replication.traces.trace import Message, messages_from
+from composer_replication.training.action_sampling import SampledAction, sample_actions
+from composer_replication.training.environment_pool import EnvironmentPool, Failure
+from composer_replication.training.rollout_episode import (
+    Episode,
+    Limits,
+    RolloutBatch,
+    lead_to_next_turn,
+    take_turn,
+    to_batch,
+)
 from composer_replication.training.trl_hooks import GRPOTrainer
 
 Prompt = Sequence[Mapping[str, object]]
 
 
-class RolloutBatch(TypedDict):
-    """What TRL's `rollout_func` returns; one entry a rollout."""
-
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
-    logprobs: None
-    env_mask: list[list[int]]
-    environment_reward: list[float]
-    turns: list[list[dict[str, str]]]
-    rollout_hint_sites: list[list[HintSite]]
-
-
-@dataclass(slots=True)
-class Episode:
-    """One rollout in the making."""
-
-    environment: TextEnvironment
-    messages: list[Message]
-    prompt_ids: list[int]
-    source: str
-    completion_ids: list[int] = field(default_factory=list)
-    env_mask: list[int] = field(default_factory=list)
-    hint_sites: list[HintSite] = field(default_factory=list)
-    num_prompt_messages: int = 0
-    is_done: bool = False
-
-    @property
-    def context_ids(self) -> list[int]:
-        """Everything the model has seen, exactly as it saw it."""
-        return [*self.prompt_ids, *self.completion_ids]
-
-
 class EnvironmentRollouts:
     """A `rollout_func` for `ComposerReplicationTrainer` and TRL's `GRPOTrainer` alike.
 
-    Rows are found again by their prompt, since TRL hands over prompts alone.
+    Environments work side by side, each in a thread of its own; the policy samples for all of them
+    at once. Rows are found again by their prompt, since TRL hands over prompts alone.
+
+    An environment that raises or does not answer in time ends its rollout without a reward, so that
+    GRPO leaves it out of its group; the metrics `rollouts/timeouts` and `rollouts/crashes` count
+    them. Where every rollout fails, the first failure is raised.
     """
 
     def __init__(
@@ -68,6 +51,8 @@ class EnvironmentRollouts:
         *,
         max_turns: int = 2,
         max_action_tokens: int = 40,
+        step_timeout_s: float = 60.0,
+        max_concurrency: int = 64,
     ) -> None:
         """Keep the task.
 
@@ -76,140 +61,185 @@ class EnvironmentRollouts:
             rows: of the training set: `prompt` and what `reset` takes.
             max_turns: actions an episode may take, at least 1.
             max_action_tokens: tokens one action may take, at least 1.
+            step_timeout_s: seconds that an environment may take to answer one call.
+            max_concurrency: environments that may work at a time.
 
         Raises:
             ConfigError: an environment that cannot be driven by text.
         """
-        probe = environment()
-        if not isinstance(probe, TextEnvironment):
-            raise ConfigError(
-                f"{type(probe).__name__} lacks reset, _step_text or get_reward, so this rollout "
-                "loop cannot drive it. Implement environments.protocol.TextEnvironment, or pass it "
-                "to TRL as environment_factory with a model whose template has tool calls."
-            )
-        self._pool: list[TextEnvironment] = [probe]
         self._environment = environment
         self._rows = {_prompt_key(cast(Prompt, row["prompt"])): row for row in rows}
         self.max_turns = max_turns
         self.max_action_tokens = max_action_tokens
+        self._pool = EnvironmentPool(
+            cast(Callable[[], TextEnvironment], environment),
+            timeout_s=step_timeout_s,
+            max_concurrency=max_concurrency,
+        )
+        (problem,) = self._pool.run([(0, _lack_of)])
+        if isinstance(problem, Failure):
+            raise problem.error
+        if problem:
+            raise ConfigError(problem)
+
+    def fresh(self) -> "EnvironmentRollouts":
+        """The same task in environments of its own, for rollouts beside a run's."""
+        return EnvironmentRollouts(
+            self._environment,
+            self._rows.values(),
+            max_turns=self.max_turns,
+            max_action_tokens=self.max_action_tokens,
+            step_timeout_s=self._pool.timeout_s,
+            max_concurrency=self._pool.max_concurrency,
+        )
 
     def __call__(self, prompts: Sequence[Prompt], trainer: GRPOTrainer) -> RolloutBatch:
-        """Play one episode for each prompt, all of them turn by turn."""
+        """Play one episode for each prompt, all of them turn by turn.
+
+        Raises:
+            DataError: a prompt that is not among the rows, or a row that `reset` refuses.
+            RewardError: the environment failed in every rollout.
+        """
         tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
-        episodes = [self._start(prompt, i, tokenizer) for i, prompt in enumerate(prompts)]
+        episodes = self._start(prompts, tokenizer)
+        limits = self._limits(trainer)
         for turn in range(self.max_turns):
-            active = [episode for episode in episodes if not episode.is_done]
-            budget = self._turn_budget(active, int(trainer.max_completion_length or 0))
-            if not active or budget < 1:
+            active = [e for e in episodes if not e.is_done and limits.action_tokens(e) > 0]
+            if not active:
                 break
-            actions = sample_actions(trainer, [e.context_ids for e in active], budget)
-            is_last = turn == self.max_turns - 1
-            for episode, action_ids in zip(active, actions, strict=True):
-                _play(episode, action_ids, tokenizer, is_last=is_last)
-        return {
-            "prompt_ids": [episode.prompt_ids for episode in episodes],
-            "completion_ids": [episode.completion_ids for episode in episodes],
-            "logprobs": None,
-            "env_mask": [episode.env_mask for episode in episodes],
-            "environment_reward": [e.environment.get_reward() for e in episodes],
-            "turns": [
-                [
-                    {"role": m.role, "content": m.content}
-                    for m in e.messages[e.num_prompt_messages :]
-                ]
-                for e in episodes
-            ],
-            "rollout_hint_sites": [episode.hint_sites for episode in episodes],
-        }
+            budgets = [limits.action_tokens(episode) for episode in active]
+            actions = sample_actions(trainer, [e.context_ids for e in active], max(budgets))
+            actions = [action.cut(n) for action, n in zip(actions, budgets, strict=True)]
+            self._play(active, actions, tokenizer, limits, is_last=turn == self.max_turns - 1)
+        self._judge(episodes)
+        _count_failures(episodes, trainer)
+        return to_batch(episodes, tokenizer)
 
-    def _turn_budget(self, active: Sequence[Episode], max_completion_length: int) -> int:
-        longest = max((len(episode.completion_ids) for episode in active), default=0)
-        return min(self.max_action_tokens, max_completion_length - longest)
+    def _limits(self, trainer: GRPOTrainer) -> Limits:
+        config = causal_lm(cast(nn.Module, trainer.model)).config.get_text_config()
+        return Limits(
+            max_action_tokens=self.max_action_tokens,
+            max_completion_tokens=int(trainer.max_completion_length or 0),
+            # Models without position limits, such as state-space ones, have no such value.
+            max_context_tokens=getattr(config, "max_position_embeddings", None),
+        )
 
-    def _start(self, prompt: Prompt, index: int, tokenizer: PreTrainedTokenizerBase) -> Episode:
+    def _start(
+        self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
+    ) -> list[Episode]:
+        rows = [self._row(prompt, index) for index, prompt in enumerate(prompts)]
+        openings = self._pool.run([(seat, _reset_with(row)) for seat, row in enumerate(rows)])
+        episodes: list[Episode] = []
+        for seat, (prompt, row, opening) in enumerate(zip(prompts, rows, openings, strict=True)):
+            messages = list(messages_from(prompt, f"prompt {seat}"))
+            if isinstance(opening, str) and opening:
+                last = messages[-1]
+                messages[-1] = Message(last.role, last.content + opening)
+            episode = Episode(
+                seat=seat,
+                messages=messages,
+                prompt_ids=render_state(tokenizer, messages),
+                source=f"rollout:{row.get('source', seat)}",
+                num_prompt_messages=len(messages),
+            )
+            if isinstance(opening, Failure):
+                # A row that cannot be played is the data's fault, not a failure of the moment.
+                if isinstance(opening.error, DataError | ConfigError):
+                    raise opening.error
+                episode.fail(opening)
+            episodes.append(episode)
+        return episodes
+
+    def _row(self, prompt: Prompt, index: int) -> Mapping[str, object]:
         row = self._rows.get(_prompt_key(prompt))
         if row is None:
             raise DataError(
                 f"Prompt {index} is not among the rows this environment was given, so it cannot be "
                 "reset. Pass the same data set to EnvironmentRollouts and to the trainer."
             )
-        while len(self._pool) <= index:
-            self._pool.append(cast(TextEnvironment, self._environment()))
-        environment = self._pool[index]
-        messages = list(messages_from(prompt, f"prompt {index}"))
-        opening = environment.reset(**{k: v for k, v in row.items() if k != "prompt"})
-        if opening:
-            last = messages[-1]
-            messages[-1] = Message(last.role, last.content + opening)
-        return Episode(
-            environment=environment,
-            messages=messages,
-            prompt_ids=render_state(tokenizer, messages),
-            source=f"rollout:{row.get('source', index)}",
-            num_prompt_messages=len(messages),
+        return row
+
+    def _play(
+        self,
+        active: Sequence[Episode],
+        actions: Sequence[SampledAction],
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        *,
+        is_last: bool,
+    ) -> None:
+        """Carry out one sampled action of each episode and append what its environment answers."""
+        texts = [
+            cast(str, tokenizer.decode(action.ids, skip_special_tokens=True)) for action in actions
+        ]
+        answers = self._pool.run(
+            [(e.seat, _step_with(text)) for e, text in zip(active, texts, strict=True)]
         )
+        for episode, action, text, answer in zip(active, actions, texts, answers, strict=True):
+            if isinstance(answer, Failure):
+                episode.append(action.ids, action.logps, is_sampled=True)
+                episode.messages.append(Message("assistant", text))
+                episode.fail(answer)
+            else:
+                take_turn(episode, action, text, answer)
+                episode.is_done = answer.is_done or is_last
+                lead_to_next_turn(episode, action, answer, tokenizer, limits)
+
+    def _judge(self, episodes: Sequence[Episode]) -> None:
+        """The rewards; of an environment's own, so it may take long and fail as well."""
+        judged = [episode for episode in episodes if episode.failure is None]
+        rewards = self._pool.run([(e.seat, lambda made: made.get_reward()) for e in judged])
+        for episode, reward in zip(judged, rewards, strict=True):
+            if isinstance(reward, Failure):
+                episode.fail(reward)
+            else:
+                episode.reward = reward
+        failures = [episode.failure for episode in episodes if episode.failure is not None]
+        if len(failures) == len(episodes):
+            raise _total_failure(failures)
 
 
-def sample_actions(
-    trainer: GRPOTrainer, contexts: Sequence[list[int]], max_new_tokens: int
-) -> list[list[int]]:
-    """One sampled action for each context, with TRL's own generation path and settings.
-
-    Each ends with its end-of-turn token unless `max_new_tokens` cut it off.
-    """
-    whole = trainer.generation_config
-    trainer.generation_config = copy.deepcopy(whole)
-    trainer.generation_config.max_new_tokens = max_new_tokens
-    try:
-        # Autocast keeps its casts of the weights until the outermost context ends; without this
-        # one it casts every weight again for each token (half of the decode time on CPU).
-        with trainer.accelerator.autocast():
-            # One completion a context: after the first turn each rollout has its own history.
-            action_ids, _ = trainer._generate_single_turn(
-                list(contexts), None, {}, num_generations=1
-            )
-    finally:
-        trainer.generation_config = whole
-    return cast(list[list[int]], action_ids)
-
-
-def _play(
-    episode: Episode, action_ids: list[int], tokenizer: PreTrainedTokenizerBase, *, is_last: bool
-) -> None:
-    """Carry out one sampled action and append what the environment answers."""
-    text = cast(str, tokenizer.decode(action_ids, skip_special_tokens=True))
-    observation = episode.environment._step_text(text)
-    if observation.error is not None:
-        episode.hint_sites.append(_hint_site(episode, text, action_ids, observation))
-    episode.completion_ids += action_ids
-    episode.env_mask += [1] * len(action_ids)
-    episode.messages.append(Message("assistant", text))
-    episode.is_done = observation.is_done or is_last
-    answer = Message("tool", observation.content)
-    if not episode.is_done:
-        has_ended = action_ids[-1] in end_of_turn_ids(tokenizer)
-        next_turn = render_next_turn(tokenizer, answer, has_ended)
-        episode.completion_ids += next_turn
-        episode.env_mask += [0] * len(next_turn)
-    if observation.content:
-        episode.messages.append(answer)
-
-
-def _hint_site(
-    episode: Episode, text: str, action_ids: list[int], observation: Observation
-) -> HintSite:
-    error = observation.error
-    assert error is not None
-    return HintSite(
-        state=tuple(episode.messages),
-        hint=hint_from_error(TurnError(error.kind, error.message, error.example)),
-        action=text,
-        state_ids=tuple(episode.context_ids),
-        action_ids=tuple(action_ids),
-        is_on_policy=True,
-        error_kind=error.kind,
-        source=episode.source,
+def _lack_of(environment: object) -> str:
+    """What an environment lacks, as an error's text; empty where it lacks nothing."""
+    if isinstance(environment, TextEnvironment):
+        return ""
+    return (
+        f"{type(environment).__name__} lacks reset, _step_text or get_reward, so this rollout "
+        "loop cannot drive it. Implement environments.protocol.TextEnvironment, or pass it "
+        "to TRL as environment_factory with a model whose template has tool calls."
     )
+
+
+def _reset_with(row: Mapping[str, object]) -> Callable[[TextEnvironment], str | None]:
+    values = {key: value for key, value in row.items() if key != "prompt"}
+    return lambda environment: environment.reset(**values)
+
+
+def _step_with(text: str) -> Callable[[TextEnvironment], Observation]:
+    return lambda environment: environment._step_text(text)
+
+
+def _total_failure(failures: Sequence[Failure]) -> BaseException:
+    """Why a batch has no reward at all, which no later batch can be expected to have either."""
+    first = failures[0]
+    if first.kind == "crash":
+        return first.error
+    return RewardError(
+        f"The environment gave {first.error} in all {len(failures)} rollouts, so none of them has "
+        "a reward. Raise rollout.step_timeout_s, lower rollout.max_concurrency where they wait for "
+        "each other, or look for what it waits for."
+    )
+
+
+def _count_failures(episodes: Sequence[Episode], trainer: GRPOTrainer) -> None:
+    kinds = [episode.failure.kind for episode in episodes if episode.failure is not None]
+    counts = torch.tensor(
+        [kinds.count("timeout"), kinds.count("crash")], device=trainer.accelerator.device
+    )
+    counts = cast(torch.Tensor, trainer.accelerator.reduce(counts, "sum"))
+    metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    for name, count in zip(("timeouts", "crashes"), counts.tolist(), strict=True):
+        metrics[f"rollouts/{name}"].append(count)
 
 
 def _prompt_key(prompt: Prompt) -> str:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from composer_replication.batch.render import render_state
 from composer_replication.traces.hints import HintSite
-from composer_replication.training.rollouts import sample_actions
+from composer_replication.training.action_sampling import sample_actions
 from composer_replication.training.trl_hooks import GRPOTrainer
 
 DEFAULT_ACTION_TOKENS = 64
@@ -19,6 +19,8 @@ def sample_site_actions(
     trainer: GRPOTrainer, sites: Sequence[HintSite], seed: int
 ) -> list[HintSite]:
     """The sites with an action sampled now, so that SDPO stays on-policy.
+
+    A site whose new action is empty is left out: there is no token to score.
 
     The sampling has a random state of its own: GRPO's rollouts are the same with and without it.
     """
@@ -32,12 +34,13 @@ def sample_site_actions(
     return [
         replace(
             site,
-            action=cast(str, tokenizer.decode(action_ids, skip_special_tokens=True)),
+            action=cast(str, tokenizer.decode(action.ids, skip_special_tokens=True)),
             state_ids=tuple(state_ids),
-            action_ids=tuple(action_ids),
+            action_ids=tuple(action.ids),
             is_on_policy=True,
         )
-        for site, state_ids, action_ids in zip(sites, states, actions, strict=True)
+        for site, state_ids, action in zip(sites, states, actions, strict=True)
+        if action.ids
     ]
 
 
