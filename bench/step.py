@@ -38,7 +38,7 @@ from step_whole import whole_step
 from step_workload import Draw, Sizes, Workload, disjoint, one_state, trajectories
 
 from composer_replication.errors import ComposerError, ConfigError
-from composer_replication.step.separate import score_separately
+from composer_replication.step.packed import score_packed
 from composer_replication.training.model_source import LoadedModel, load_model
 from composer_replication.training.out_of_memory import is_out_of_memory
 from composer_replication.training.teacher import make_teacher
@@ -53,7 +53,7 @@ MAX_GRAD_ERROR = {"fp32": 1e-3, "bf16": 0.2}
 """Largest over the parameters. The smallest ones are sums of terms that cancel, so that rounding
 alone moves them by 5e-5 in fp32."""
 
-OUR_EXECUTOR = score_separately
+OUR_EXECUTOR = score_packed
 """The one that training uses."""
 
 POLICY_MOVE = 1e-2

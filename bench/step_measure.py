@@ -15,7 +15,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch.profiler import ProfilerActivity, profile
+
+from composer_replication.training.tensor_memory import TensorMemory
 
 PROCESS_ENV = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -38,7 +39,7 @@ class Peaks:
     process: float
     """The same with all that was there before: weights, libraries, the reference's gradients."""
     tensors: float
-    """By the allocator, tensors alone."""
+    """Tensors that the step made, alone; temporaries inside a kernel are not seen on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +74,10 @@ def peaks_of(run: Callable[[], object], device: torch.device) -> Peaks:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before_gib = _status_gib("VmRSS")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with TensorMemory(held=()) as tensors:
         run()
-        peak_gib = _status_gib("VmHWM")
-    return Peaks(peak_gib - before_gib, peak_gib, _tensor_peak(profiler) / _GIB)
+    peak_gib = _status_gib("VmHWM")
+    return Peaks(peak_gib - before_gib, peak_gib, tensors.peak_bytes / _GIB)
 
 
 @contextmanager
@@ -113,17 +114,6 @@ def machine_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{psutil.cpu_count()}-core CPU"
-
-
-def _tensor_peak(profiler: profile) -> int:
-    """Bytes, from the allocator's own record of every allocation and release."""
-    results = profiler.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
-    events = [event for event in results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda each: each.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def _status_gib(field: str) -> float:
