@@ -17,6 +17,7 @@ verbs:
   smoke    do the channels run end to end on my model; how much memory, how long a step
   plan     where to run it: memory, time and dollars in each place, before anything runs
   train    the run that a configuration file describes
+  report   what finished runs say: predicted against measured, or two side by side
   doctor   what this machine can run, and what is missing
 
 examples:
@@ -117,6 +118,32 @@ examples:
   composer-replication plan configs/smoke_qwen2.5_0.5b.toml --gpu L4 --solve max_length
 
 exit codes: 0 there is a place, 1 nothing fits, 2 your input, or everything is over the cap
+"""
+
+REPORT_HELP = """\
+usage: composer-replication report [-h] [--json] KIND FOLDER [FOLDER ...]
+
+Sets figures of finished runs side by side.
+
+positional arguments:
+  KIND
+  FOLDER
+
+options:
+  -h, --help  show this help message and exit
+  --json      print the summary as one JSON object on stdout, all else on stderr
+
+kinds:
+  planner RUNS   predicted against measured: seconds of a step, peak of tensors, the whole run
+  compare A B    two runs side by side: first-step loss, seconds, memory, dollars
+
+examples:
+  composer-replication report planner runs
+  composer-replication report compare runs/local runs/remote --json
+
+Writes nothing.
+
+exit codes: 0 done, 2 your input
 """
 
 DOCTOR_HELP = """\

@@ -48,6 +48,8 @@ class Verb:
     options: tuple[Option, ...]
     carry_out: Callable[[argparse.Namespace], Answer]
     argument: Argument | None = None
+    rest: Argument | None = None
+    """What follows `argument`, one or more of it."""
     computes: bool = True
     """Runs torch, and so wants the process settings."""
 
@@ -79,6 +81,8 @@ def parse_options(verb: Verb, arguments: list[str]) -> argparse.Namespace:
             nargs=None if verb.argument.is_required else "?",
             type=Path if verb.argument.kind == "path" else str,
         )
+    if verb.rest is not None:
+        parser.add_argument(verb.rest.name, metavar=verb.rest.metavar, nargs="+", type=Path)
     for option in verb.options:
         _add(parser, option)
     options, unknown = parser.parse_known_args(arguments)
