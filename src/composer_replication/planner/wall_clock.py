@@ -1,5 +1,6 @@
 """From seconds of a step to seconds of a run: start, download, load, steps, checks, save."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
