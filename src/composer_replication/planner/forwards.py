@@ -43,14 +43,13 @@ def forwards_of(case: StepCase) -> list[Forward]:
 
 def _tree_forward(case: StepCase) -> Forward:
     """One forward of the tree: each shared prefix once."""
-    tokens = (case.prompt_tokens if case.num_rollouts else 0) + (
-        case.num_rollouts * case.completion_tokens
-    )
+    prompts = case.num_prompts if case.num_rollouts else 0
+    tokens = prompts * case.prompt_tokens + case.num_rollouts * case.completion_tokens
     tokens += case.num_sites * (case.state_tokens + case.action_tokens)
     tokens += case.num_pairs * (case.pair_state_tokens + 2 * case.pair_action_tokens)
     teacher_rows = case.num_sites * (case.hint_tokens + case.action_tokens)
     teacher_tokens = 0
-    if case.teacher == "live" or (case.lora_r is None and case.num_sites == 0):
+    if case.teacher == "live":
         tokens += teacher_rows
     else:
         teacher_tokens = case.num_sites * case.state_tokens + teacher_rows

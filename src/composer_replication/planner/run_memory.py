@@ -92,10 +92,13 @@ def _of_case(shape: RunShape, case: StepCase, estimate: MemoryEstimate) -> RunMe
     model = model_shape(case.model)
     persistent = dict(estimate.persistent_gib)
     total = sum(persistent.values())
-    extra = gib(_padding_bytes(case, model) if shape.is_padded else 0)
+    is_separate = case.executor == "separate"
+    # A tree has no padding, and its own head scores GRPO's tokens too.
+    extra = gib(_padding_bytes(case, model) if shape.is_padded and is_separate else 0)
     phases = {phase: peak - total for phase, peak in estimate.phases_gib.items()}
     for phase in ("loss", "backward"):
-        phases[phase] += extra + gib(_trl_head_bytes(case, model, phase))
+        head = _trl_head_bytes(case, model, phase) if is_separate else 0
+        phases[phase] += extra + gib(head)
     phases["policy_forward"] += extra
     phases["rollout"] = gib(_rollout_bytes(shape.rollouts, case, model))
     phase = max(phases, key=phases.__getitem__)

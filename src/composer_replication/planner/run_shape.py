@@ -135,6 +135,8 @@ def _setting(
             f"grpo.optim is {name!r}, whose memory is not known here. Known: "
             f"{', '.join(_OPTIMIZERS)}. Plan with one of them for an upper bound."
         )
+    # With both extra channels off TRL runs its own forward.
+    is_packed = config.tree != "off" and (config.alpha_sdpo > 0 or config.beta_replay > 0)
     default_teacher: TeacherKind = "ema" if lora is None else "frozen"
     return StepCase(
         settings,
@@ -145,7 +147,7 @@ def _setting(
         lora_r=None if lora is None else lora.r,
         lora_targets="all-linear" if lora is None else _targets(lora.target_modules),
         checkpoints=bool(config.grpo.get("gradient_checkpointing", False)),
-        executor="separate",
+        executor="packed" if is_packed else "separate",
         device_type=device_type,
     )
 
@@ -189,6 +191,7 @@ def _with_rows(case: StepCase, config: RunConfig, data: DataShape, verb: RunVerb
     return replace(
         case,
         num_rollouts=rows,
+        num_prompts=math.ceil(rows / count(config, "num_generations")),
         prompt_tokens=max(row - completion, 1),
         completion_tokens=completion,
         num_sites=sites,

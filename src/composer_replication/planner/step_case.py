@@ -19,6 +19,8 @@ class StepCase:
     model: Mapping[str, object]
     """The architecture, as `config.json` holds it."""
     num_rollouts: int = 0
+    num_prompts: int = 1
+    """Groups that the rollouts are of; each shares its prompt."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     num_sites: int = 0

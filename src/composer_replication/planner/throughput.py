@@ -220,9 +220,12 @@ def _rollout(shape: RunShape, model: ModelShape, speed: Speed) -> Range:
 
 
 def _shares(shape: RunShape) -> tuple[float, float, float]:
-    """Of the largest row's tokens."""
+    """Of the largest row's tokens; records that share a prefix are one path of a tree."""
     typical = shape.typical_share
-    return 0.7 * typical if typical < 1 else 1.0, typical, 1.0
+    if typical == 1:
+        return 1.0, 1.0, 1.0
+    shared = shape.tree_share if shape.case.executor == "packed" else 1.0
+    return 0.7 * typical * shared, typical, 1.0
 
 
 def _over(num_bytes: float, rates: tuple[float, float, float]) -> Range:

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from composer_replication.errors import ModelError
+from composer_replication.planner.forwards import forwards_of
 from composer_replication.planner.layer_memory import layer_memory
 from composer_replication.planner.memory import MemoryEstimate, persistent_bytes, predict
 from composer_replication.planner.model_files import shipped_config as shape_config
@@ -144,6 +145,26 @@ def test_graphs_of_all_forwards_add_up_and_checkpointing_keeps_layer_inputs():
     assert (more - less) * 2**30 == pytest.approx(2 * 1024 * (24 * per_token + ends))
     checkpointed = replace(alone, checkpoints=True)
     assert predict(checkpointed).peak_gib < predict(alone).peak_gib
+
+
+def test_a_tree_reads_each_shared_prefix_once():
+    packed = replace(NOTE, executor="packed", num_rollouts=4, num_prompts=2, teacher="live")
+    (tree,) = forwards_of(packed)
+    rollouts = 2 * 768 + 4 * 256
+    sites = 2 * (960 + 32 + 32 + 32)
+    pairs = 2 * (992 + 2 * 32)
+    assert tree.num_tokens == rollouts + sites + pairs
+    assert tree.num_scored == 4 * 256 + 2 * 32 + 4 * 32
+    # Another teacher's rows are a tree of their own, without gradient.
+    (policy,) = forwards_of(replace(packed, teacher="ema"))
+    assert policy.num_tokens == tree.num_tokens - 2 * (32 + 32)
+    assert policy.num_teacher_tokens == 2 * (960 + 32 + 32)
+
+
+def test_one_tree_keeps_less_than_a_forward_for_each_role():
+    separate = replace(NOTE, autocasts=True, device_type="cuda")
+    packed = replace(separate, executor="packed")
+    assert predict(packed).peak_gib < 0.8 * predict(separate).peak_gib
 
 
 def test_several_forwards_hold_a_second_set_of_gradients_while_accumulating():
