@@ -61,11 +61,11 @@ class OurStep:
             policy += students + pairs
             scored |= _action_prefixes(students + pairs)
             teacher = [(site.hinted, site.action) for site in part.sites]
-        tokens, attended = unique_tokens([(*c, *a) for c, a in policy])
+        tokens, attended = _merged(policy)
         work = [Forward(tokens, attended, len(scored))]
         if teacher:
             shared = policy if self._setting.own_teacher is None else []
-            all_tokens, all_attended = unique_tokens([(*c, *a) for c, a in shared + teacher])
+            all_tokens, all_attended = _merged(shared + teacher)
             if shared:
                 # Riding in the policy's tree, the teacher adds what it does not share with it.
                 all_tokens, all_attended = all_tokens - tokens, all_attended - attended
@@ -162,6 +162,11 @@ def _single_rows(workload: Workload) -> Iterator[Workload]:
         yield Workload((), (site,), ())
     for pair in workload.pairs:
         yield Workload((), (), (pair,))
+
+
+def _merged(rows: Sequence[tuple[Ids, Ids]]) -> tuple[int, int]:
+    """Tokens of the tree and what they attend to; a row's last token predicts nothing."""
+    return unique_tokens([(*context, *action[:-1]) for context, action in rows])
 
 
 def _action_prefixes(rows: Sequence[tuple[Ids, Ids]]) -> set[Ids]:

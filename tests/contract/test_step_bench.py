@@ -3,19 +3,23 @@
 import importlib
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from composer_replication.errors import ConfigError
 from composer_replication.step.separate import score_separately
+from composer_replication.step.trie import PrefixTree
 from composer_replication.training.model_source import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests" / "numerics")]
 bench = importlib.import_module("step")
+ours = importlib.import_module("step_ours")
 flops = importlib.import_module("step_flops")
 workloads = importlib.import_module("step_workload")
 families = importlib.import_module("tiny_families")
@@ -100,6 +104,21 @@ def test_counted_flops_are_those_that_torch_counts(tiny_folder):
 def test_merged_prefixes_are_counted_once():
     rows = [(1, 2, 3), (1, 2, 4), (1, 2), (5,)]
     assert workloads.unique_tokens(rows) == (5, 1 + 2 + 3 + 3 + 1)
+
+
+@pytest.mark.parametrize("flags", [["--teacher", "live"], ["--trajectories"], ["--disjoint"]])
+def test_tokens_of_ours_are_the_rows_of_the_tree_that_it_walks(tiny_folder, flags):
+    loaded = load_model(tiny_folder)
+    args = bench.parse_args([*SMALL, *flags])
+    workload = bench.make_workload(args, loaded.model.config.vocab_size)
+    setting = bench.make_setting(args, loaded, workload, nullcontext)
+    rows = [(*r.prompt_ids, *r.completion_ids) for r in workload.rollouts]
+    rows += [(*context, *s.action) for s in workload.sites for context in (s.context, s.hinted)]
+    rows += [(*p.context, *action) for p in workload.pairs for action in (p.chosen, p.rejected)]
+    tree = PrefixTree([np.array(row[:-1]) for row in rows])
+    work = ours.OurStep("ours", setting, bench.OUR_EXECUTOR).work(workload)
+    assert sum(forward.tokens for forward in work) == tree.num_rows
+    assert sum(forward.attention_pairs for forward in work) == int((tree.positions + 1).sum())
 
 
 @pytest.mark.parametrize(
