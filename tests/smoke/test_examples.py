@@ -34,7 +34,7 @@ def test_the_plain_loop_imports_no_trl_and_stays_short():
 
 
 @pytest.mark.parametrize(
-    ("task", "knob"), [("api_drift", "drift_seed=5"), ("call_format", "num_demos=2")]
+    ("task", "knob"), [("api_drift", "drift_seed=5"), ("call_format", "num_demos=4")]
 )
 def test_the_data_script_writes_a_folder_that_a_run_takes(monkeypatch, tmp_path, task, knob):
     folder = tmp_path / "data"

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from composer_replication.config.config_model import ConfigModel
 from composer_replication.errors import nearest
 
-SHIPPED_ENVIRONMENTS = ("api_drift", "call_format")
+SHIPPED_ENVIRONMENTS = ("api_drift", "call_format", "fix_call", "reasoning_gym")
 
 MIN_FIXED_TOKENS = 16
 """Fewest tokens of a fixed-shape row: a state, a hint and an action must each hold a few."""
@@ -20,8 +20,8 @@ class RolloutConfig(ConfigModel):
     """`[rollout]`: where fresh rollouts come from and what judges them."""
 
     environment: str | None = None
-    """`api_drift`, `call_format`, or `package.module:Class` of your own; None: the task that the
-    data's manifest names."""
+    """`api_drift`, `call_format`, `fix_call`, `reasoning_gym`, or `package.module:Class` of your
+    own; None: the task that the data's manifest names."""
     reward: str | None = None
     """`package.module:function` with the signature of a TRL reward function, for data without an
     environment; None: the environment's reward."""

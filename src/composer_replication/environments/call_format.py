@@ -98,28 +98,6 @@ class CallFormat:
         """
         return self._call_tool("list", {"path": path})
 
-    def run(self, path: str) -> str:
-        """Run a file.
-
-        Args:
-            path: the file to run.
-
-        Returns:
-            A confirmation.
-        """
-        return self._call_tool("run", {"path": path})
-
-    def search(self, text: str) -> str:
-        """Search the files for a text.
-
-        Args:
-            text: what to search for.
-
-        Returns:
-            A confirmation.
-        """
-        return self._call_tool("search", {"text": text})
-
     def copy(self, path: str, to: str) -> str:
         """Copy a file to a folder.
 
@@ -131,6 +109,18 @@ class CallFormat:
             A confirmation.
         """
         return self._call_tool("copy", {"path": path, "to": to})
+
+    def move(self, path: str, to: str) -> str:
+        """Move a file to a folder.
+
+        Args:
+            path: the file to move.
+            to: the folder.
+
+        Returns:
+            A confirmation.
+        """
+        return self._call_tool("move", {"path": path, "to": to})
 
     def append(self, path: str, text: str) -> str:
         """Add a text to the end of a file.

@@ -18,9 +18,8 @@ CALL_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "read": ("path",),
         "delete": ("path",),
         "list": ("path",),
-        "run": ("path",),
-        "search": ("text",),
         "copy": ("path", "to"),
+        "move": ("path", "to"),
         "append": ("path", "text"),
     }
 )
@@ -33,9 +32,8 @@ _REQUESTS = {
     "read": "Read {path}.",
     "delete": "Delete {path}.",
     "list": "List {path}.",
-    "run": "Run {path}.",
-    "search": "Search for {text}.",
     "copy": "Copy {path} to {to}.",
+    "move": "Move {path} to {to}.",
     "append": "Add {text} to {path}.",
 }
 
@@ -52,7 +50,7 @@ class FormatSpec:
     """Content pool: `train` or `heldout`."""
     num_demos: int = 3
     """Calls shown before the request, 0 to 6."""
-    num_matching_demos: int = 1
+    num_matching_demos: int = 3
     """How many of them show the tool that the request asks for."""
 
     def __post_init__(self) -> None:
@@ -111,7 +109,7 @@ def format_task(spec: FormatSpec) -> FormatTask:
     shown = [tool] * spec.num_matching_demos + [rng.choice(others) for _ in range(num_others)]
     rng.shuffle(shown)
     stems = rng.sample(pool.stems, spec.num_demos + 2)
-    # The answer's word and folder are its own: no demonstration and no hint holds them.
+    # The answer's word and destination are its own: no demonstration and no hint holds them.
     word, *words = rng.sample(pool.words, len(pool.words))
     folder, to, *folders = rng.sample(pool.folders, len(pool.folders))
     call = _call(tool, stems[0], word, folder, to)
@@ -134,7 +132,7 @@ def _call(tool: str, stem: str, word: str, folder: str, to: str) -> dict[str, st
     values = {
         "path": f"{folder}/{stem}" if tool == "list" else f"{folder}/{stem}.py",
         "to": to,
-        "text": f"{stem}_id" if tool == "search" else word,
+        "text": word,
     }
     return {"tool": tool} | {key: values[key] for key in CALL_KEYS[tool]}
 

@@ -6,9 +6,16 @@ from pathlib import Path
 
 from composer_replication.environments.api_drift import ApiDrift
 from composer_replication.environments.call_format import CallFormat
+from composer_replication.environments.reasoning_gym_task import ReasoningGym
+from composer_replication.environments.recorded_state import RecordedState
 from composer_replication.errors import ConfigError, nearest
 
-ENVIRONMENTS: dict[str, type] = {"api_drift": ApiDrift, "call_format": CallFormat}
+ENVIRONMENTS: dict[str, type] = {
+    "api_drift": ApiDrift,
+    "call_format": CallFormat,
+    "fix_call": RecordedState,
+    "reasoning_gym": ReasoningGym,
+}
 """Shipped environments; the keys are what a configuration and a manifest may name."""
 
 

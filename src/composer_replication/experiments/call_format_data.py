@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 from composer_replication.environments.call_format import CallFormat
 from composer_replication.environments.call_format_tasks import (
+    CALL_KEYS,
     FormatSpec,
     FormatTask,
     call_text,
@@ -26,6 +27,7 @@ SLIPS = (
     "other_key",
     "cut_value",
     "other_tool",
+    "confused_tool",
     "left_out",
     "list_value",
 )
@@ -34,8 +36,9 @@ SLIPS = (
 
 def call_format_rows(specs: Sequence[FormatSpec]) -> TaskRows:
     """The rows of the episodes of one split."""
-    # Eight slips and seven tools: each slip meets each tool in 56 episodes.
-    traces = [wrong_trace(spec, SLIPS[index % len(SLIPS)]) for index, spec in enumerate(specs)]
+    # Moving on by one a round, each slip meets each tool in 54 episodes.
+    slips = [SLIPS[(index + index // len(CALL_KEYS)) % len(SLIPS)] for index in range(len(specs))]
+    traces = [wrong_trace(spec, slip) for spec, slip in zip(specs, slips, strict=True)]
     return TaskRows(
         prompts=[{"prompt": format_task(spec).prompt(), **asdict(spec)} for spec in specs],
         hint_sites=[site for trace in traces for site in hint_sites_from_trace(trace)],
@@ -54,7 +57,7 @@ def wrong_trace(spec: FormatSpec, slip: str) -> Trace:
     error = observation.error
     assert error is not None, f"{slip} is no mistake: {action}"
     return Trace(
-        messages=(*prompt, Message("assistant", action), Message("user", observation.content)),
+        messages=(*prompt, Message("assistant", action), Message("tool", observation.content)),
         errors={len(prompt): TurnError(error.kind, error.message, error.example)},
         teacher_actions={len(prompt): (call_text(task.call),)},
         num_context_messages=len(prompt),
@@ -78,6 +81,8 @@ def _slipped(task: FormatTask, slip: str) -> str:
             return call_text(call | {key: call[key].rpartition("/")[2] + "_"})
         case "other_tool":
             return call_text(call | {"tool": f"{call['tool']}_file"})
+        case "confused_tool":
+            return call_text(call | {"tool": next(t for t in CALL_KEYS if t != call["tool"])})
         case "left_out":
             return call_text({part: call[part] for part in call if part != key})
         case "list_value":

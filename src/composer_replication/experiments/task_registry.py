@@ -4,8 +4,8 @@
     environment = environment_class("call_format")()
     environment.reset(**rows.prompts[0])
 
-Success is a reward of 1 in every task. Data of another seed shares no prompt with this one's, and
-held-out data has other content.
+Success is a reward of 1 in every task, and held-out data has other content. Data of another seed
+shares no prompt with this one's, but for `reasoning_gym`, where a question may come again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +16,13 @@ from typing import Any
 
 from composer_replication.environments.call_format_tasks import FormatSpec
 from composer_replication.environments.episode_spec import EpisodeSpec
+from composer_replication.environments.reasoning_gym_task import GymSpec
 from composer_replication.environments.spec_rows import read_spec
 from composer_replication.errors import ConfigError, DataError, nearest
 from composer_replication.experiments.api_drift_data import api_drift_rows
 from composer_replication.experiments.call_format_data import call_format_rows
+from composer_replication.experiments.fix_call_data import FixCallSpec, fix_call_rows
+from composer_replication.experiments.reasoning_gym_data import reasoning_gym_rows
 from composer_replication.experiments.run_data import DATA_SCHEMA
 from composer_replication.experiments.task_rows import TaskRows, write_manifest, write_split
 from composer_replication.traces.json_lines import Row
@@ -33,13 +36,13 @@ TASK_SEEDS_PER_SEED = 1000
 class Task:
     """One shipped task.
 
-    Example: `TASKS["call_format"].knobs()` -> `{"num_demos": 3, "num_matching_demos": 1}`.
+    Example: `TASKS["call_format"].knobs()` -> `{"num_demos": 3, "num_matching_demos": 3}`.
     """
 
     name: str
     """Also the name of its environment."""
     spec_class: type[Any]
-    """Dataclass of one episode, with `task_seed` and `split`; its other fields are knobs."""
+    """Dataclass of one episode or recorded run: `task_seed`, `split`, and knobs."""
     make_rows: Callable[[Sequence[Any]], TaskRows]
     """The rows of the specs of one split."""
     num_episodes: Mapping[str, int]
@@ -56,7 +59,9 @@ class Task:
 
 _SHIPPED = (
     Task("api_drift", EpisodeSpec, api_drift_rows, {"train": 64, "heldout": 24}),
-    Task("call_format", FormatSpec, call_format_rows, {"train": 63, "heldout": 28}),
+    Task("call_format", FormatSpec, call_format_rows, {"train": 96, "heldout": 48}),
+    Task("fix_call", FixCallSpec, fix_call_rows, {"train": 64, "heldout": 24}),
+    Task("reasoning_gym", GymSpec, reasoning_gym_rows, {"train": 48, "heldout": 24}),
 )
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _SHIPPED})
 

@@ -37,6 +37,6 @@ def test_a_hint_carries_an_example_and_never_the_answer():
 @pytest.mark.parametrize("slip", SLIPS)
 def test_each_slip_is_an_error_at_every_tool_and_difficulty(slip):
     for seed in range(len(CALL_KEYS)):
-        for num_demos, num_matching in ((3, 1), (0, 0), (3, 3)):
+        for num_demos, num_matching in ((3, 2), (0, 0), (3, 3)):
             trace = wrong_trace(FormatSpec(seed, "train", num_demos, num_matching), slip)
             assert len(trace.errors) == 1

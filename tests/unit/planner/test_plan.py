@@ -157,7 +157,7 @@ def test_solve_takes_any_whole_number_of_the_file(capsys):
         (["--set", "model=shape:qwen2.5-8b"], "is not a shape that this package ships"),
         (["--set", "model=nowhere"], "'nowhere' is no model"),
         (["--set", "data=/nowhere"], "has no prompts.jsonl"),
-        (["--set", "grpo.optim=lion_32bit"], "whose memory is not known"),
+        (["--set", "grpo.optim=adamw_8bit"], "whose memory is not known"),
     ],
 )
 def test_bad_input_is_told_with_exit_code_2(capsys, options, text):
