@@ -31,6 +31,7 @@ from composer_replication.training.rollout_episode import (
 from composer_replication.training.trl_hooks import GRPOTrainer
 
 Prompt = Sequence[Mapping[str, object]]
+ActionSampler = Callable[[Sequence[list[int]], int], list[SampledAction]]
 
 
 class EnvironmentRollouts:
@@ -101,19 +102,44 @@ class EnvironmentRollouts:
             RewardError: the environment failed in every rollout.
         """
         tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
+
+        def sample(contexts: Sequence[list[int]], max_new_tokens: int) -> list[SampledAction]:
+            return sample_actions(trainer, contexts, max_new_tokens)
+
+        episodes = self.play(prompts, tokenizer, sample, self._limits(trainer))
+        _count_failures(episodes, trainer)
+        return to_batch(episodes, tokenizer)
+
+    def play(
+        self,
+        prompts: Sequence[Prompt],
+        tokenizer: PreTrainedTokenizerBase,
+        sample: ActionSampler,
+        limits: Limits,
+    ) -> list[Episode]:
+        """The finished episodes of the prompts, whoever samples their actions.
+
+        Args:
+            prompts: among the rows; one that comes twice is played twice.
+            tokenizer: of the policy.
+            sample: one action for each context, given the most tokens any may have.
+            limits: how long an episode may get.
+
+        Raises:
+            DataError: a prompt that is not among the rows, or a row that `reset` refuses.
+            RewardError: the environment failed in every episode.
+        """
         episodes = self._start(prompts, tokenizer)
-        limits = self._limits(trainer)
         for turn in range(self.max_turns):
             active = [e for e in episodes if not e.is_done and limits.action_tokens(e) > 0]
             if not active:
                 break
             budgets = [limits.action_tokens(episode) for episode in active]
-            actions = sample_actions(trainer, [e.context_ids for e in active], max(budgets))
+            actions = sample([e.context_ids for e in active], max(budgets))
             actions = [action.cut(n) for action, n in zip(actions, budgets, strict=True)]
             self._play(active, actions, tokenizer, limits, is_last=turn == self.max_turns - 1)
         self._judge(episodes)
-        _count_failures(episodes, trainer)
-        return to_batch(episodes, tokenizer)
+        return episodes
 
     def _limits(self, trainer: GRPOTrainer) -> Limits:
         config = causal_lm(cast(nn.Module, trainer.model)).config.get_text_config()
