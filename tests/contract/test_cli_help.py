@@ -17,6 +17,7 @@ verbs:
   smoke    do the channels run end to end on my model; how much memory, how long a step
   plan     where to run it: memory, time and dollars in each place, before anything runs
   train    the run that a configuration file describes
+  sweep    many runs of one configuration, side by side, and their ranked table
   report   what finished runs say: predicted against measured, or two side by side
   doctor   what this machine can run, and what is missing
 
@@ -32,7 +33,7 @@ Each verb has its own help: composer-replication VERB --help
 
 SMOKE_HELP = """\
 usage: composer-replication smoke [-h] [--model M] [--data DIR] [--steps N] [--fixed-shapes B,T]
-                                  [--set KEY=VALUE] [--out DIR] [--resume] [--json]
+                                  [--set KEY=VALUE] [--out DIR] [--resume] [--json] [--on WHERE]
                                   [CONFIG.toml]
 
 Runs the three channels end to end and reports memory, step time and every check.
@@ -50,6 +51,7 @@ options:
   --out DIR           run directory; default runs/<name>, numbered where that is taken
   --resume            go on in the run directory of --out, or in the latest of this name
   --json              print the summary as one JSON object on stdout, all else on stderr
+  --on WHERE          local: in a process of its own, one for each card
 
 Writes runs/<name>/: config.toml, metrics.jsonl, summary.json, rollouts/. --resume runs it again
 in the same folder. Where a key is given twice, options win over --set, and --set over the file.
@@ -63,7 +65,9 @@ exit codes: 0 every check passed, 1 a check or the run failed, 2 your input, 130
 """
 
 TRAIN_HELP = """\
-usage: composer-replication train [-h] [--set KEY=VALUE] [--out DIR] [--resume] [--json] CONFIG.toml
+usage: composer-replication train [-h] [--set KEY=VALUE] [--out DIR] [--resume] [--json]
+                                  [--on WHERE]
+                                  CONFIG.toml
 
 Trains the model that CONFIG.toml describes and saves it.
 
@@ -76,6 +80,7 @@ options:
   --out DIR        run directory; default runs/<name>, numbered where that is taken
   --resume         go on in the run directory of --out, or in the latest of this name
   --json           print the summary as one JSON object on stdout, all else on stderr
+  --on WHERE       local: in a process of its own, one for each card
 
 Writes runs/<name>/: config.toml, metrics.jsonl, summary.json, rollouts/, checkpoints/, model/.
 --resume continues from the newest whole checkpoint, or starts where there is none; only the length
@@ -146,6 +151,39 @@ Writes nothing.
 exit codes: 0 done, 2 your input
 """
 
+SWEEP_HELP = """\
+usage: composer-replication sweep [-h] [--grid KEY=V1,V2] [--point KEY=V,KEY=V] [--seeds N]
+                                  [--parallel N] [--set KEY=VALUE] [--out DIR] [--resume] [--json]
+                                  CONFIG.toml
+
+Runs CONFIG.toml at every point of a grid or a list, and ranks what came out.
+
+positional arguments:
+  CONFIG.toml
+
+options:
+  -h, --help           show this help message and exit
+  --grid KEY=V1,V2     one axis; every combination of axes is run
+  --point KEY=V,KEY=V  one point of a list, in place of --grid
+  --seeds N            runs of each point, from the configuration's seed on; default 1
+  --parallel N         members at a time; default 1
+  --set KEY=VALUE      set one key, such as sdpo.top_k=20; may be repeated
+  --out DIR            run directory; default runs/<name>, numbered where that is taken
+  --resume             go on in the run directory of --out, or in the latest of this name
+  --json               print the summary as one JSON object on stdout, all else on stderr
+
+Writes runs/<name>-sweep/: members/ with a run directory each, logs/, sweep.json (the table),
+report.html (the picture). A member that fails is retried once and stops no other. --resume runs
+what is not done, and takes a wider grid.
+
+examples:
+  composer-replication sweep configs/train_qwen2.5_7b.toml --grid alpha_sdpo=0,0.1 --seeds 3
+  composer-replication sweep runs/first/config.toml --grid alpha_sdpo=0,0.05,0.1,0.2 \\
+      --grid beta_replay=0,0.05 --parallel 4 --out runs/weights
+
+exit codes: 0 every member passed, 1 one failed twice, 2 your input, 130 Ctrl-C
+"""
+
 DOCTOR_HELP = """\
 usage: composer-replication doctor [-h] [--json]
 
@@ -179,7 +217,13 @@ def test_the_help_is_the_pinned_one(flag, capsys):
 
 @pytest.mark.parametrize(
     ("verb", "text"),
-    [("smoke", SMOKE_HELP), ("train", TRAIN_HELP), ("doctor", DOCTOR_HELP), ("plan", PLAN_HELP)],
+    [
+        ("smoke", SMOKE_HELP),
+        ("train", TRAIN_HELP),
+        ("sweep", SWEEP_HELP),
+        ("doctor", DOCTOR_HELP),
+        ("plan", PLAN_HELP),
+    ],
 )
 def test_the_help_of_a_verb_is_the_pinned_one(verb, text, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -53,7 +53,7 @@ def carry_out_in_run(
 
     from composer_replication.config.loading import dump_config
 
-    with _open_run(options, config.name) as run:
+    with open_run(options, config.name) as run:
         if options.resume:
             _refuse_another_configuration(run, config)
         run.write_config(dump_config(config))
@@ -62,7 +62,16 @@ def carry_out_in_run(
     return summary.to_json(), code
 
 
-def _open_run(options: argparse.Namespace, name: str) -> "RunDirectory":
+def open_run(options: argparse.Namespace, name: str) -> "RunDirectory":
+    """The run directory that the options name, locked.
+
+    Args:
+        options: `out` and `resume`.
+        name: of the run, where `out` is None.
+
+    Raises:
+        RunDirectoryError: a folder that is in use or cannot be written.
+    """
     from composer_replication.runs.run_directory import RunDirectory
     from composer_replication.runs.run_folders import claim_folder, latest_folder
 

@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from composer_replication.cli.launching import ON, is_elsewhere, run_on_local
 from composer_replication.cli.recorded_run import carry_out_in_run
 from composer_replication.cli.verb import RUN_OPTIONS, Answer, Argument, Option, Verb
 from composer_replication.errors import InputError
@@ -40,7 +41,10 @@ exit codes: 0 done, 1 failed, 2 your input, 130 Ctrl-C"""
 def _smoke(options: argparse.Namespace) -> Answer:
     from composer_replication.config.loading import load_config
 
-    config = load_config(options.config, _smoke_overrides(options))
+    overrides = _smoke_overrides(options)
+    config = load_config(options.config, overrides)
+    if is_elsewhere(options):
+        return run_on_local("smoke", options, config, overrides)
     if options.config is None:
         from composer_replication.config.smoke_defaults import with_smoke_defaults
         from composer_replication.experiments.trainer_setup import device
@@ -61,6 +65,8 @@ def _train(options: argparse.Namespace) -> Answer:
     from composer_replication.config.loading import load_config
 
     config = load_config(options.config, options.set)
+    if is_elsewhere(options):
+        return run_on_local("train", options, config, options.set)
 
     def run_it(run: "RunDirectory", console: "Console") -> "Summary":
         from composer_replication.experiments.train import run_train
@@ -111,6 +117,7 @@ SMOKE = Verb(
             "B rows of T tokens at every step, nothing sampled; such as 2,1024",
         ),
         *RUN_OPTIONS,
+        ON,
     ),
     carry_out=_smoke,
     argument=Argument("config", "CONFIG.toml", is_required=False),
@@ -121,7 +128,7 @@ TRAIN = Verb(
     summary="the run that a configuration file describes",
     purpose="Trains the model that CONFIG.toml describes and saves it.",
     epilog=_TRAIN_EPILOG,
-    options=RUN_OPTIONS,
+    options=(*RUN_OPTIONS, ON),
     carry_out=_train,
     argument=Argument("config", "CONFIG.toml", is_required=True),
 )

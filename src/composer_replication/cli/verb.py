@@ -109,6 +109,22 @@ def find_verb(arguments: list[str], verbs: Collection[Verb]) -> Verb:
     return by_name[arguments[0]]
 
 
+def whole_number(flag: str, text: str | None, *, default: int) -> int:
+    """The value of an option that counts.
+
+    Raises:
+        InputError: not a whole number of at least 1.
+    """
+    if text is None:
+        return default
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise InputError(
+        f"{flag} is {text!r}; it counts and must be a whole number of at least 1. "
+        f"Write for example {flag} {max(default, 2)}."
+    )
+
+
 def _add(parser: argparse.ArgumentParser, option: Option) -> None:
     if option.kind == "switch":
         parser.add_argument(option.flag, action="store_true", help=option.help)

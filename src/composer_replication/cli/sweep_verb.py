@@ -1,0 +1,95 @@
+"""`sweep`: one configuration at many points, side by side, and what they found as one table."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from composer_replication.cli.recorded_run import carry_out_in_run
+from composer_replication.cli.verb import (
+    JSON,
+    OUT,
+    RESUME,
+    SET,
+    Answer,
+    Argument,
+    Option,
+    Verb,
+    whole_number,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from composer_replication.runs.run_directory import RunDirectory
+    from composer_replication.runs.summary import Summary
+
+_EPILOG = """\
+Writes runs/<name>-sweep/: members/ with a run directory each, logs/, sweep.json (the table),
+report.html (the picture). A member that fails is retried once and stops no other. --resume runs
+what is not done, and takes a wider grid.
+
+examples:
+  composer-replication sweep configs/train_qwen2.5_7b.toml --grid alpha_sdpo=0,0.1 --seeds 3
+  composer-replication sweep runs/first/config.toml --grid alpha_sdpo=0,0.05,0.1,0.2 \\
+      --grid beta_replay=0,0.05 --parallel 4 --out runs/weights
+
+exit codes: 0 every member passed, 1 one failed twice, 2 your input, 130 Ctrl-C"""
+
+
+def _sweep(options: argparse.Namespace) -> Answer:
+    from composer_replication.config.loading import load_config
+    from composer_replication.experiments.sweep_grid import sweep_members
+
+    base = load_config(options.config, options.set)
+    base = base.model_copy(update={"name": f"{base.name}-sweep"})
+    members = sweep_members(
+        options.config,
+        options.set,
+        grid=options.grid,
+        points=options.point,
+        num_seeds=whole_number("--seeds", options.seeds, default=1),
+    )
+    num_parallel = whole_number("--parallel", options.parallel, default=1)
+    answers: list[str] = []
+
+    def run_it(run: "RunDirectory", console: "Console") -> "Summary":
+        from composer_replication.experiments.sweep import (
+            REPORT_FILE,
+            local_member,
+            refuse_other_members,
+            run_sweep,
+        )
+
+        refuse_other_members(run, members)
+        summary = run_sweep(
+            members,
+            run,
+            console,
+            start=local_member(run.path, num_parallel),
+            num_parallel=num_parallel,
+        )
+        answers.append((run.path / REPORT_FILE).read_text(encoding="utf-8").rstrip())
+        return summary
+
+    text, code = carry_out_in_run(base, options, run_it)
+    return answers[0] if answers else text, code
+
+
+SWEEP = Verb(
+    name="sweep",
+    summary="many runs of one configuration, side by side, and their ranked table",
+    purpose="Runs CONFIG.toml at every point of a grid or a list, and ranks what came out.",
+    epilog=_EPILOG,
+    options=(
+        Option("--grid", "KEY=V1,V2", "one axis; every combination of axes is run", "repeated"),
+        Option("--point", "KEY=V,KEY=V", "one point of a list, in place of --grid", "repeated"),
+        Option("--seeds", "N", "runs of each point, from the configuration's seed on; default 1"),
+        Option("--parallel", "N", "members at a time; default 1"),
+        SET,
+        OUT,
+        RESUME,
+        JSON,
+    ),
+    carry_out=_sweep,
+    argument=Argument("config", "CONFIG.toml", is_required=True),
+    computes=False,
+)

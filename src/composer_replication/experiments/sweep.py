@@ -1,0 +1,243 @@
+"""The sweep: every member a run of its own, side by side, and what they found as one table.
+
+Which members are done is read from their own run directories, so that a sweep that is killed at
+any instant knows on its return what not to run again.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from composer_replication.config.loading import dump_config
+from composer_replication.errors import InputError
+from composer_replication.experiments.sweep_grid import SweepMember
+from composer_replication.experiments.sweep_picture import sweep_page
+from composer_replication.experiments.sweep_table import (
+    MemberResult,
+    SweepReport,
+    print_table,
+    rank,
+    read_member,
+)
+from composer_replication.launch.job import Job
+from composer_replication.launch.local import run_local
+from composer_replication.launch.pool import Attempt, least_wall_s, run_all
+from composer_replication.runs.atomic_files import write_text_atomically
+from composer_replication.runs.run_directory import SUMMARY_FILE, RunDirectory
+from composer_replication.runs.summary import Check, Summary
+
+REPORT_FILE = "sweep.json"
+PICTURE_FILE = "report.html"
+
+StartMember = Callable[[SweepMember, Path, threading.Event], int]
+"""Carries a member out in its run directory and returns the exit code."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepFolders:
+    """Where the parts of a sweep lie.
+
+    Example: `SweepFolders(Path("runs/sweep")).member("seed-0")`.
+    """
+
+    root: Path
+
+    def member(self, name: str) -> Path:
+        """A member's run directory."""
+        return self.root / "members" / name
+
+    def config(self, name: str) -> Path:
+        """What a member is started with."""
+        return self.root / "configs" / f"{name}.toml"
+
+    def log(self, name: str) -> Path:
+        """What a member printed, all attempts after one another."""
+        return self.root / "logs" / f"{name}.log"
+
+
+def run_sweep(
+    members: Sequence[SweepMember],
+    run: RunDirectory,
+    console: Console,
+    *,
+    start: StartMember,
+    num_parallel: int,
+) -> Summary:
+    """Run the members that are not done, `num_parallel` at a time; rank all of them.
+
+    Args:
+        members: the longest first.
+        run: the sweep's own directory; gets `members/`, `logs/`, `sweep.json`, `report.html`.
+        console: shows a line for each attempt, then the table.
+        start: how a member is carried out.
+        num_parallel: how many at a time.
+
+    Raises:
+        KeyboardInterrupt: after what was running has ended; `sweep.json` holds what is known.
+    """
+    folders = SweepFolders(run.path)
+    for member in members:
+        folders.config(member.name).parent.mkdir(exist_ok=True)
+        write_text_atomically(folders.config(member.name), dump_config(member.config))
+    waiting = [m for m in members if not is_done(folders.member(m.name))]
+    _say(
+        console,
+        f"sweep {len(members)} members, {len(members) - len(waiting)} done before, "
+        f"{min(num_parallel, max(len(waiting), 1))} at a time",
+    )
+    walls_s: dict[str, float] = {}
+    stops = threading.Event()
+    started_s = time.monotonic()
+
+    def note(attempt: Attempt[SweepMember, int]) -> None:
+        name = attempt.member.name
+        walls_s[name] = walls_s.get(name, 0.0) + attempt.wall_s
+        ending = _ending(attempt)
+        _say(console, f"  {ending:<8} {name}  {attempt.wall_s:.1f} s")
+        if ending != "passed":
+            result = read_member(attempt.member, folders.member(name))
+            _say(console, f"           {_reason(result)}")
+
+    is_complete = False
+    try:
+        run_all(
+            waiting,
+            lambda member, _: start(member, folders.member(member.name), stops),
+            num_parallel=num_parallel,
+            has_passed=lambda exit_code: exit_code == 0,
+            on_end=note,
+            stops=stops,
+        )
+        is_complete = True
+    finally:
+        report = _report(members, folders, walls_s, num_parallel)
+        report.wall_s = time.monotonic() - started_s
+        if not is_complete and report.status == "failed":
+            report.status = "stopped"
+        write_text_atomically(
+            run.path / REPORT_FILE, report.model_dump_json(by_alias=True, indent=2) + "\n"
+        )
+        page = sweep_page(report, f"Sweep {run.path.name}")
+        write_text_atomically(run.path / PICTURE_FILE, page)
+    return _finish(report, run, console)
+
+
+def local_member(sweep_folder: Path, num_parallel: int) -> StartMember:
+    """Each member a process of its own on this machine, its output in `logs/`."""
+    folders = SweepFolders(sweep_folder)
+    # Each member would otherwise take every core, and together they would wait for one another.
+    threads = max((os.cpu_count() or 1) // num_parallel, 1)
+    environment = {"OMP_NUM_THREADS": str(threads)} if num_parallel > 1 else {}
+    environment = {k: v for k, v in environment.items() if k not in os.environ}
+
+    def start(member: SweepMember, folder: Path, stops: threading.Event) -> int:
+        job = Job(job_id=member.name, verb="train", arguments=(str(folders.config(member.name)),))
+        folder.parent.mkdir(exist_ok=True)
+        folders.log(member.name).parent.mkdir(exist_ok=True)
+        with folders.log(member.name).open("ab") as log:
+            return run_local(
+                job, folder, output=log, environment=environment, stops=stops
+            ).exit_code
+
+    return start
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a member passed; whatever else it left behind is gone on with."""
+    try:
+        return json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["status"] == "passed"
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
+def refuse_other_members(run: RunDirectory, members: Sequence[SweepMember]) -> None:
+    """A resumed sweep may get more members, but none may fall out of its table unseen.
+
+    Raises:
+        InputError: the folder holds a member that this sweep does not have.
+    """
+    names = {member.name for member in members}
+    folder = run.path / "configs"
+    strangers = sorted(path.stem for path in folder.glob("*.toml") if path.stem not in names)
+    if strangers:
+        raise InputError(
+            f"{run.path} holds {strangers[0]!r}, which is no member of this sweep. Give the grid "
+            "and seeds it was started with (more are fine), or another --out."
+        )
+
+
+def _report(
+    members: Sequence[SweepMember],
+    folders: SweepFolders,
+    walls_s: dict[str, float],
+    num_parallel: int,
+) -> SweepReport:
+    results = [read_member(member, folders.member(member.name)) for member in members]
+    costs = [result.cost_usd for result in results if result.cost_usd is not None]
+    return SweepReport(
+        status="passed" if all(result.status == "passed" for result in results) else "failed",
+        rows=rank(results),
+        members=results,
+        num_parallel=num_parallel,
+        least_wall_s=least_wall_s(walls_s, num_parallel),
+        cost_usd=sum(costs) if costs else None,
+    )
+
+
+def _finish(report: SweepReport, run: RunDirectory, console: Console) -> Summary:
+    summary = Summary(
+        status=report.status,
+        checks=[
+            Check(
+                f"member/{result.name}",
+                passed=result.status == "passed",
+                value=result.score,
+                cause=None if result.status == "passed" else _reason(result),
+            )
+            for result in report.members
+        ],
+        total_s=report.wall_s,
+        cost_usd=report.cost_usd,
+        notes=[f"The table is in {REPORT_FILE}, its picture in {PICTURE_FILE}."],
+    )
+    run.write_summary(summary)
+    num_passed = sum(check.passed for check in summary.checks)
+    console.print()
+    _say(console, f"{summary.status}  {num_passed} of {len(summary.checks)} members passed")
+    print_table(report, console)
+    folders = SweepFolders(run.path)
+    for result in report.members:
+        if result.status != "passed":
+            log = folders.log(result.name)
+            _say(console, f"{result.status}  {result.name}: {_reason(result)} Its log: {log}")
+    if report.least_wall_s:
+        _say(
+            console,
+            f"time    {report.wall_s:.1f} s; no schedule of these members is under "
+            f"{report.least_wall_s:.1f} s",
+        )
+    _say(console, f"files   {run.path / REPORT_FILE}, {run.path / PICTURE_FILE}")
+    best = next((result for result in report.members if result.point == report.rows[0].point), None)
+    if best is not None and report.rows[0].score_mean is not None:
+        _say(console, f"next    composer-replication train {best.folder}/config.toml --out DIR")
+    return summary
+
+
+def _reason(result: MemberResult) -> str:
+    return (result.error or "It ended without a summary.").splitlines()[0]
+
+
+def _ending(attempt: Attempt[SweepMember, int]) -> str:
+    if attempt.outcome == 0:
+        return "passed"
+    return "failed" if attempt.is_last else "retried"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)

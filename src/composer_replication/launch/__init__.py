@@ -1,0 +1,1 @@
+"""Where a run happens: a process here, or Modal. Knows jobs, not training. Starts without torch."""

@@ -1,0 +1,19 @@
+"""An empty working directory, and child processes whose training is a sum; see `stand_in/`."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+STAND_IN = Path(__file__).parent / "stand_in"
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """The working directory, with `base.toml`; runs of 4 steps, a checkpoint at every second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMPOSER_CACHE", str(tmp_path / "cache"))
+    path = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(STAND_IN), *([path] if path else [])]))
+    (tmp_path / "base.toml").write_text('name = "base"\n[grpo]\nmax_steps = 4\nsave_steps = 2\n')
+    return tmp_path

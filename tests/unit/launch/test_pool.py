@@ -1,0 +1,94 @@
+import threading
+import time
+
+import pytest
+
+from composer_replication.launch.pool import least_wall_s, run_all
+
+
+def run(members, start, num_parallel, **extra):
+    ended = []
+    run_all(
+        members,
+        start,
+        num_parallel=num_parallel,
+        has_passed=lambda outcome: outcome == 0,
+        on_end=ended.append,
+        stops=extra.get("stops", threading.Event()),
+    )
+    return ended
+
+
+def test_a_failed_member_is_retried_once_and_stops_no_other():
+    tries = {}
+
+    def start(member, number):
+        tries.setdefault(member, []).append(number)
+        return {"fails": 1, "recovers": int(number == 1), "passes": 0}[member]
+
+    ended = run(["fails", "recovers", "passes"], start, 2)
+    assert tries == {"fails": [1, 2], "recovers": [1, 2], "passes": [1]}
+    last = {attempt.member: attempt.outcome for attempt in ended if attempt.is_last}
+    assert last == {"fails": 1, "recovers": 0, "passes": 0}
+
+
+def test_as_many_run_at_once_as_there_are_slots_and_none_more():
+    now, most, lock = [], [], threading.Lock()
+
+    def start(member, number):
+        with lock:
+            now.append(member)
+            most.append(len(now))
+        time.sleep(0.05)
+        with lock:
+            now.remove(member)
+        return 0
+
+    assert len(run(range(8), start, 3)) == 8
+    assert max(most) == 3
+
+
+def test_eight_members_in_four_slots_take_little_more_than_the_least_they_could():
+    durations_s = [0.6, 0.5, 0.4, 0.3, 0.3, 0.3, 0.2, 0.2]
+
+    def start(member, number):
+        time.sleep(member)
+        return 0
+
+    started_s = time.monotonic()
+    ended = run(durations_s, start, 4)
+    wall_s = time.monotonic() - started_s
+    seen_s = {str(n): attempt.wall_s for n, attempt in enumerate(ended)}
+    assert wall_s <= 1.2 * least_wall_s(seen_s, 4)
+
+
+def test_an_error_ends_the_pool_after_what_is_running():
+    started = []
+
+    def start(member, number):
+        started.append(member)
+        if member == 1:
+            raise RuntimeError("no slot can work")
+        time.sleep(0.1)
+        return 0
+
+    with pytest.raises(RuntimeError, match="no slot can work"):
+        run(range(50), start, 2)
+    assert len(started) < 10
+
+
+def test_members_that_are_told_to_stop_are_not_retried():
+    stops = threading.Event()
+
+    def start(member, number):
+        stops.set()
+        return 130
+
+    ended = run(["a", "b"], start, 1, stops=stops)
+    assert [(attempt.member, attempt.is_last) for attempt in ended] == [("a", True)]
+
+
+def test_the_least_wall_is_the_longest_member_or_an_even_share():
+    assert least_wall_s({"a": 4.0, "b": 1.0}, 4) == 4.0
+    assert least_wall_s({"a": 4.0, "b": 4.0, "c": 4.0}, 2) == 6.0
+    assert least_wall_s({}, 2) == 0.0

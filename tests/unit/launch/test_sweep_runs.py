@@ -1,0 +1,96 @@
+"""`sweep`, with members that are real processes of this program and whose training is a sum."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from composer_replication.cli import main
+from composer_replication.experiments.sweep_table import SweepReport
+
+COMMAND = ["sweep", "base.toml", "--grid", "alpha_sdpo=0,0.2", "--out", "s"]
+
+
+def report_of(folder):
+    return SweepReport.model_validate_json((folder / "sweep.json").read_text())
+
+
+def starts(folder):
+    """How often each member's training body began, by its log."""
+    return {
+        path.stem: path.read_text().count("step 1\n") for path in (folder / "logs").glob("*.log")
+    }
+
+
+def test_every_point_and_seed_is_a_run_and_the_points_are_ranked(workplace, capsys):
+    assert main([*COMMAND, "--seeds", "2", "--parallel", "2", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer == json.loads((workplace / "s" / "sweep.json").read_text())
+    report = report_of(workplace / "s")
+    assert [member.name for member in report.members] == [
+        *("alpha_sdpo-0-seed-0", "alpha_sdpo-0-seed-1"),
+        *("alpha_sdpo-0.2-seed-0", "alpha_sdpo-0.2-seed-1"),
+    ]
+    best, other = report.rows
+    assert best.score_mean > other.score_mean
+    assert best.score_spread > 0
+    assert set(best.channels) == {"grpo", "sdpo"}
+    for member in report.members:
+        assert json.loads((workplace / member.folder / "summary.json").read_text())["steps"] == 4
+    assert "<svg" in (workplace / "s" / "report.html").read_text()
+    assert json.loads((workplace / "s" / "summary.json").read_text())["status"] == "passed"
+
+
+def test_a_failed_member_is_retried_once_and_named_and_the_others_finish(
+    workplace, monkeypatch, capsys
+):
+    monkeypatch.setenv("STAND_IN_FAIL", '{"alpha_sdpo-0-": 1, "alpha_sdpo-0.2-": 9}')
+    assert main(["sweep", "base.toml", "--grid", "alpha_sdpo=0,0.1,0.2", "--out", "s"]) == 1
+    said = capsys.readouterr().out
+    assert "2 of 3 members passed" in said
+    assert "failed  alpha_sdpo-0.2-seed-0: told to fail 9 times" in said
+    assert "Its log: s/logs/alpha_sdpo-0.2-seed-0.log" in said
+    failures = workplace / "s" / "members" / ".alpha_sdpo-0.2-seed-0.failures"
+    assert failures.read_text() == "xx"  # twice, not more
+    monkeypatch.setenv("STAND_IN_FAIL", "{}")
+    before = starts(workplace / "s")
+    wider = ["sweep", "base.toml", "--grid", "alpha_sdpo=0,0.1,0.2,0.3", "--out", "s", "--resume"]
+    assert main(wider) == 0
+    after = starts(workplace / "s")
+    assert {name: after[name] - before.get(name, 0) for name in after} == {
+        "alpha_sdpo-0-seed-0": 0,
+        "alpha_sdpo-0.1-seed-0": 0,
+        "alpha_sdpo-0.2-seed-0": 1,
+        "alpha_sdpo-0.3-seed-0": 1,
+    }
+
+
+def test_a_sweep_that_was_killed_repeats_no_finished_member(workplace):
+    environment = {**os.environ, "STAND_IN_STEP_S": "0.3"}
+    command = [sys.executable, "-m", "composer_replication", *COMMAND, "--seeds", "2"]
+    sweep = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    second = workplace / "s" / "logs" / "alpha_sdpo-0-seed-1.log"
+    checkpoint = workplace / "s/members/alpha_sdpo-0-seed-1/checkpoints/checkpoint-2"
+    end = time.monotonic() + 60
+    while not checkpoint.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    sweep.send_signal(signal.SIGKILL)
+    sweep.wait()
+    before = starts(workplace / "s")
+    assert main([*COMMAND, "--seeds", "2", "--resume"]) == 0
+    after = starts(workplace / "s")
+    assert before == {"alpha_sdpo-0-seed-0": 1, "alpha_sdpo-0-seed-1": 1}
+    assert set(after.values()) == {1}
+    assert "resumed from step 2" in second.read_text()  # and went on from its checkpoint
+
+
+def test_a_resumed_sweep_is_the_sweep_that_was_started(workplace, capsys):
+    assert main([*COMMAND]) == 0
+    other = ["sweep", "base.toml", "--grid", "beta_replay=0,1", "--out", "s", "--resume"]
+    assert main(other) == 2
+    assert (
+        "holds 'alpha_sdpo-0-seed-0', which is no member of this sweep" in capsys.readouterr().err
+    )
