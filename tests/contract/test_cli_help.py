@@ -95,7 +95,7 @@ exit codes: 0 done, 1 failed, 2 your input, 130 Ctrl-C
 
 PLAN_HELP = """\
 usage: composer-replication plan [-h] [--on PLACE] [--gpu NAME[:N]] [--budget USD] [--solve KEY]
-                                 [--probe] [--refresh] [--set KEY=VALUE] [--json]
+                                 [--simulate] [--probe] [--refresh] [--set KEY=VALUE] [--json]
                                  [CONFIG.toml]
 
 Says where a run fits, how long it takes and what it costs, and which place to take.
@@ -109,6 +109,7 @@ options:
   --gpu NAME[:N]   look at this card alone, such as L4 or H100:2
   --budget USD     cap on the worst case, every attempt at its time-out
   --solve KEY      the largest value that fits: max_length or any whole number
+  --simulate       run the step on fake tensors instead of formulas; some seconds
   --probe          run ten steps here first and take their seconds
   --refresh        read today's prices from Modal; needs its credentials
   --set KEY=VALUE  set one key, such as sdpo.top_k=20; may be repeated

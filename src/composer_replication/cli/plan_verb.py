@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from composer_replication.planner.places import On
     from composer_replication.planner.plan import PlanRequest
     from composer_replication.planner.prices import PriceTable
+    from composer_replication.planner.run_memory import Predictor
 
 _PLACES = ("local", "modal", "all")
 _TABLE_WIDTH = 100
@@ -44,7 +45,8 @@ def _plan(options: argparse.Namespace) -> Answer:
     today = datetime.now(UTC).date()
     prices = _prices(options, today)
     machine, runs = this_machine(), _runs(options, request)
-    plan = make_plan(request, machine, prices=prices, today=today, runs=runs)
+    predictor = _predictor(options)
+    plan = make_plan(request, machine, prices=prices, today=today, predictor=predictor, runs=runs)
     solved = []
     if options.solve is not None:
         planner = Planner(request, machine, prices=prices, runs=runs)
@@ -55,6 +57,16 @@ def _plan(options: argparse.Namespace) -> Answer:
         console.width = max(console.width, _TABLE_WIDTH)
         print_plan(plan, console, config_path=options.config, solved=solved)
     return plan_json(plan, solved), plan.exit_code
+
+
+def _predictor(options: argparse.Namespace) -> "Predictor":
+    from composer_replication.planner.memory import predict
+
+    if not options.simulate:
+        return predict
+    from composer_replication.experiments.simulate import simulate_once_a_case
+
+    return simulate_once_a_case()
 
 
 def _request(options: argparse.Namespace, config: object) -> "PlanRequest":
@@ -113,6 +125,12 @@ PLAN = Verb(
         Option("--gpu", "NAME[:N]", "look at this card alone, such as L4 or H100:2"),
         Option("--budget", "USD", "cap on the worst case, every attempt at its time-out"),
         Option("--solve", "KEY", "the largest value that fits: max_length or any whole number"),
+        Option(
+            "--simulate",
+            None,
+            "run the step on fake tensors instead of formulas; some seconds",
+            "switch",
+        ),
         Option("--probe", None, "run ten steps here first and take their seconds", "switch"),
         Option(
             "--refresh", None, "read today's prices from Modal; needs its credentials", "switch"
@@ -124,4 +142,4 @@ PLAN = Verb(
     argument=Argument("config", "CONFIG.toml", is_required=False),
     computes=False,
 )
-"""Starts without torch; `--probe` imports it."""
+"""Starts without torch; `--probe` and `--simulate` import it."""

@@ -26,6 +26,8 @@ def score_separately(
     needs: frozenset[str],
     settings: StepSettings,
     teacher: TeacherContext | None = None,
+    *,
+    tile_rows: int | None = None,
 ) -> Scores:
     """Score every role with a forward of its own.
 
@@ -35,17 +37,20 @@ def score_separately(
         needs: any of `rollouts`, `hint_sites`, `pairs`; a part without data is left None.
         settings: temperatures and the divergence.
         teacher: opens the teacher's weights; None: the live policy, without gradient.
+        tile_rows: rows that meet the output head at once; None: by device.
     """
     scores = Scores()
     if "rollouts" in needs and "completion_ids" in tensors:
         scores.policy_logp, scores.entropy = _score_rollouts(
-            model, tensors, settings.grpo.temperature
+            model, tensors, settings.grpo.temperature, tile_rows
         )
     if "hint_sites" in needs and "sdpo_student_index" in tensors:
-        scores.divergence = score_hint_sites(model, tensors, settings.sdpo, teacher)
+        scores.divergence = score_hint_sites(
+            model, tensors, settings.sdpo, teacher, tile_rows=tile_rows
+        )
     if "pairs" in needs and "dpo_chosen_input_ids" in tensors:
-        scores.chosen_logp = score_actions(model, tensors, "dpo_chosen")
-        scores.rejected_logp = score_actions(model, tensors, "dpo_rejected")
+        scores.chosen_logp = score_actions(model, tensors, "dpo_chosen", tile_rows=tile_rows)
+        scores.rejected_logp = score_actions(model, tensors, "dpo_rejected", tile_rows=tile_rows)
     return scores
 
 
@@ -54,6 +59,8 @@ def score_hint_sites(
     tensors: StepTensors,
     settings: SDPOSettings,
     teacher: TeacherContext | None,
+    *,
+    tile_rows: int | None = None,
 ) -> Float[Tensor, " M"]:
     """Divergence of each action token between the policy and its hint-conditioned teacher."""
     with torch.no_grad(), (teacher or live_teacher(model))() as teacher_model:
@@ -75,19 +82,24 @@ def score_hint_sites(
         clip=settings.clip,
         clip_value=settings.clip_value,
         entropy_scale=settings.entropy_scale,
+        tile_rows=tile_rows,
     )
 
 
-def score_actions(model: nn.Module, tensors: StepTensors, side: str) -> Float[Tensor, " P"]:
+def score_actions(
+    model: nn.Module, tensors: StepTensors, side: str, *, tile_rows: int | None = None
+) -> Float[Tensor, " P"]:
     """Log-prob of each row's action, summed over its tokens, in nats at temperature 1.
 
     Args:
         model: the policy, or the frozen reference under `no_grad`.
         tensors: of the collator.
         side: `dpo_chosen` or `dpo_rejected`.
+        tile_rows: as of `score_separately`.
     """
     ids, mask = tensors[f"{side}_input_ids"], tensors[f"{side}_response_mask"]
-    logp_PT, _ = _logp_at(model, ids, tensors[f"{side}_attention_mask"], mask, temperature=1.0)
+    attention = tensors[f"{side}_attention_mask"]
+    logp_PT, _ = _logp_at(model, ids, attention, mask, temperature=1.0, tile_rows=tile_rows)
     return logp_PT.sum(-1)
 
 
@@ -97,7 +109,7 @@ def live_teacher(policy: nn.Module) -> TeacherContext:
 
 
 def _score_rollouts(
-    model: nn.Module, tensors: StepTensors, temperature: float
+    model: nn.Module, tensors: StepTensors, temperature: float, tile_rows: int | None
 ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
     prompt_ids, completion_ids = tensors["prompt_ids"], tensors["completion_ids"]
     action_mask = (tensors["completion_mask"] * tensors["tool_mask"]).bool()
@@ -108,6 +120,7 @@ def _score_rollouts(
         torch.cat([tensors["prompt_mask"], tensors["completion_mask"]], dim=1),
         mask,
         temperature=temperature,
+        tile_rows=tile_rows,
     )
     start = prompt_ids.shape[1]
     return logp[:, start:], entropy[:, start:]
@@ -120,6 +133,7 @@ def _logp_at(
     loss_mask: Bool[Tensor, "B T"],
     *,
     temperature: float,
+    tile_rows: int | None,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Log-prob and entropy at `loss_mask`, 0 elsewhere; only those rows meet the head."""
     hidden = final_hidden_states(model, input_ids, attention_mask)
@@ -130,6 +144,7 @@ def _logp_at(
         input_ids[loss_mask],
         temperature=temperature,
         return_entropy=True,
+        tile_rows=tile_rows,
     )
     empty = logp.new_zeros(input_ids.shape)
     at = (index[:, 0], index[:, 1])

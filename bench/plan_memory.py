@@ -1,0 +1,257 @@
+"""The memory that a plan states, three ways: by formula, simulated, and measured on this CPU.
+
+    python bench/plan_memory.py measured     # real steps against their simulation
+    python bench/plan_memory.py grid         # formulas against the simulation, no real step
+    python bench/plan_memory.py speed        # seconds of one simulation, imports included
+
+Each part is written to `bench/results/plan_memory_PART.json` and goes on where it was cut off:
+`--cpu-s 50` stops after 50 seconds. Formulas of the grid are always computed anew.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from composer_replication.experiments.case_step import (
+    CaseStep,
+    case_policy,
+    case_tensors,
+    wrapped_policy,
+)
+from composer_replication.experiments.simulate import measure, simulate
+from composer_replication.planner.memory import predict
+from composer_replication.planner.step_case import StepCase
+from composer_replication.training.model_source import EMBEDDED_SPEC, load_model
+from composer_replication.training.shape_models import shape_config
+from composer_replication.units import gib
+
+RESULTS = Path(__file__).parent / "results"
+NUM_GRID = 52
+SHAPES = ("shape:qwen2.5-0.5b", "shape:qwen2.5-1.5b", "shape:qwen2.5-7b")
+
+RANDOM_SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2 8 x 256": {
+        "model_type": "qwen2", "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704,
+        "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2,
+        "tie_word_embeddings": True, "initializer_range": 0.02,
+    },
+    "llama 6 x 384": {
+        "model_type": "llama", "vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1024,
+        "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 6,
+        "tie_word_embeddings": False, "initializer_range": 0.02,
+    },
+    "qwen3 5 x 320": {
+        "model_type": "qwen3", "vocab_size": 12000, "hidden_size": 320, "intermediate_size": 960,
+        "num_hidden_layers": 5, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 64,
+        "tie_word_embeddings": True, "initializer_range": 0.02,
+    },
+}  # fmt: skip
+
+ROWS = {
+    "num_rollouts": 4, "prompt_tokens": 96, "completion_tokens": 32,
+    "num_sites": 2, "state_tokens": 120, "hint_tokens": 24, "action_tokens": 20,
+    "num_pairs": 2, "pair_state_tokens": 110, "pair_action_tokens": 18,
+}  # fmt: skip
+LONG = ROWS | {"num_rollouts": 2, "prompt_tokens": 200, "completion_tokens": 100}
+
+QWEN2, LLAMA, QWEN3 = RANDOM_SHAPES
+EMBEDDED = "SmolLM2-135M (embedded)"
+PACKED = {"executor": "packed"}
+MEASURED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    (EMBEDDED, ROWS, {"teacher": "ema"}),
+    (EMBEDDED, ROWS, {"teacher": "live"} | PACKED),
+    (EMBEDDED, ROWS, {"teacher": "frozen", "lora_r": 8}),
+    (EMBEDDED, ROWS, {"teacher": "ema", "checkpoints": True} | PACKED),
+    (QWEN2, LONG, {"teacher": "ema", "checkpoints": True}),
+    (QWEN2, LONG, {"teacher": "live", "autocasts": True} | PACKED),
+    (QWEN2, ROWS, {"teacher": "frozen", "autocasts": True, "optimizer": "adamw_torch"}),
+    (LLAMA, LONG, {"teacher": "live", "accumulates": True}),
+    (LLAMA, ROWS, {"teacher": "frozen"} | PACKED),
+    (LLAMA, ROWS, {"lora_r": 16, "weights_dtype": "bfloat16", "autocasts": True}),
+    (QWEN3, LONG, {"teacher": "ema", "optimizer": "sgd"} | PACKED),
+    (QWEN3, LONG, {"weights_dtype": "bfloat16", "optimizer": "adafactor"}),
+    (QWEN3, ROWS, {"num_pairs": 0, "teacher": "live", "checkpoints": True, "autocasts": True}),
+    (QWEN2, LONG, {"num_sites": 0, "lora_r": 8, "checkpoints": True} | PACKED),
+]
+
+
+def measured_row(name: str, case: StepCase, _known: dict[str, Any]) -> dict[str, Any]:
+    """A real step beside its simulation; random shapes beside the allocator's events too."""
+    is_embedded = name == EMBEDDED
+    real = measure(case, _policy(case, is_embedded))
+    simulated, formula = simulate(case), predict(case)
+    return {
+        "measured_gib": real.peak_gib,
+        "simulated_gib": simulated.peak_gib,
+        "formula_gib": formula.peak_gib,
+        "allocator_gib": None if is_embedded else _allocator_peak_gib(case),
+        "peak_phase": real.peak_phase,
+    }
+
+
+def grid_row(_name: str, case: StepCase, known: dict[str, Any]) -> dict[str, Any]:
+    """The formulas beside the simulation, which is not run again where it is known."""
+    row = {key: known[key] for key in ("simulated_gib", "simulated_phase") if key in known}
+    if not row:
+        simulated = simulate(case)
+        row = {"simulated_gib": simulated.peak_gib, "simulated_phase": simulated.peak_phase}
+    formula = predict(case)
+    return row | {"formula_gib": formula.peak_gib, "formula_phase": formula.peak_phase}
+
+
+def measured_cases() -> list[tuple[str, StepCase]]:
+    """Steps small enough to run here: the embedded model and random shapes."""
+    return [(name, StepCase(_model(name), **(rows | more))) for name, rows, more in MEASURED]
+
+
+def grid_cases() -> list[tuple[str, StepCase]]:
+    """Configurations drawn at random, the same ones each time."""
+    draw = random.Random(0)
+    cases: list[tuple[str, StepCase]] = []
+    while len(cases) < NUM_GRID:
+        name = draw.choice([*SHAPES, EMBEDDED])
+        rows = {
+            "num_rollouts": draw.choice([1, 2, 4]),
+            "prompt_tokens": draw.choice([64, 256, 768, 2048]),
+            "completion_tokens": draw.choice([32, 64, 128]),
+            "num_sites": draw.choice([0, 1, 2]),
+            "state_tokens": draw.choice([64, 256, 1024]),
+            "hint_tokens": draw.choice([16, 64]),
+            "action_tokens": draw.choice([16, 64]),
+            "num_pairs": draw.choice([0, 1, 2]),
+            "pair_state_tokens": draw.choice([64, 256, 1024]),
+            "pair_action_tokens": draw.choice([16, 64]),
+        }
+        precision = draw.choice(["fp32", "autocast", "bf16"])
+        options: dict[str, Any] = {
+            "teacher": draw.choice(["live", "ema", "frozen"]),
+            "executor": draw.choice(["separate", "packed"]),
+            "weights_dtype": "bfloat16" if precision == "bf16" else "float32",
+            "autocasts": precision == "autocast",
+            "checkpoints": draw.random() < 0.5,
+            "accumulates": draw.random() < 0.25,
+            "lora_r": draw.choice([None, None, 8, 32]),
+            "optimizer": draw.choice(
+                ["adamw_torch_fused", "adamw_torch_fused", "adamw_torch", "sgd"]
+            ),
+        }
+        if options["lora_r"] is not None and precision == "bf16":
+            options["autocasts"] = True
+        cases.append((name, StepCase(_model(name), **rows, **options)))
+    return cases
+
+
+def simulation_seconds() -> dict[str, Any]:
+    """One process that imports, simulates the founding note's shape and ends."""
+    code = (
+        "from composer_replication.experiments.simulate import simulate\n"
+        "from composer_replication.planner.model_files import model_settings\n"
+        "from composer_replication.planner.step_case import StepCase\n"
+        "case = StepCase(model_settings('shape:qwen2.5-0.5b'), num_rollouts=2, prompt_tokens=768,"
+        " completion_tokens=256, num_sites=2, state_tokens=900, hint_tokens=60, action_tokens=64,"
+        " num_pairs=2, pair_state_tokens=900, pair_action_tokens=64)\n"
+        "print(simulate(case).peak_gib)\n"
+    )
+    walls: list[float] = []
+    for _ in range(3):
+        started_s = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        walls.append(time.perf_counter() - started_s)
+    return {"best_wall_s": min(walls), "walls_s": walls}
+
+
+def _model(name: str) -> dict[str, Any]:
+    if name in RANDOM_SHAPES:
+        return RANDOM_SHAPES[name]
+    if name == EMBEDDED:
+        return json.loads((_embedded_folder() / "config.json").read_text(encoding="utf-8"))
+    return shape_config(name.removeprefix("shape:")).to_dict()
+
+
+def _embedded_folder() -> Path:
+    from composer_replication.training.embedded_model import embedded_model_dir
+
+    return embedded_model_dir()
+
+
+def _policy(case: StepCase, is_embedded: bool) -> torch.nn.Module:
+    if not is_embedded:
+        return case_policy(case, device="cpu")
+    dtype = getattr(torch, case.weights_dtype)
+    return wrapped_policy(case, load_model(EMBEDDED_SPEC, dtype=dtype).model)
+
+
+def _allocator_peak_gib(case: StepCase) -> float:
+    """The peak of a step by the CPU allocator's events, kernels' own scratch memory included."""
+    built = CaseStep(case, case_tensors(case), case_policy(case, device="cpu"))
+    parts = [*built.policy.parameters(), *built.policy.buffers(), *built.tensors.values()]
+    seen = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+    stays = built.persistent_bytes()
+    held = sum(seen.values()) + sum(stays.values()) - stays["weights"]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        built.loss().backward()
+        built.update()
+    assert recorded.profiler is not None
+    kineto = recorded.profiler.kineto_results
+    assert kineto is not None
+    peak = held
+    events = [event for event in kineto.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
+        peak = max(peak, held)
+    return gib(peak)
+
+
+def _words(options: dict[str, Any]) -> str:
+    return ", ".join(
+        key if value is True else f"{key} {value}"
+        for key, value in options.items()
+        if value not in (None, False)
+    )
+
+
+def _case_words(case: StepCase) -> str:
+    names = [name for name in StepCase.__dataclass_fields__ if name != "model"]
+    defaults = StepCase({})
+    return _words({n: getattr(case, n) for n in names if getattr(case, n) != getattr(defaults, n)})
+
+
+def main() -> None:
+    """Write one part's results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=["measured", "grid", "speed"])
+    parser.add_argument("--cpu-s", type=float, default=float("inf"), help="stop after this")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    path = RESULTS / f"plan_memory_{options.part}.json"
+    if options.part == "speed":
+        path.write_text(json.dumps(simulation_seconds(), indent=1) + "\n", encoding="utf-8")
+        return
+    known: dict[str, dict[str, Any]] = {}
+    if path.exists():
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        known = {f"{row['model']}: {row['case']}": row for row in rows}
+    is_grid = options.part == "grid"
+    make = grid_row if is_grid else measured_row
+    for name, case in grid_cases() if is_grid else measured_cases():
+        words = _case_words(case)
+        key = f"{name}: {words}"
+        if time.process_time() > options.cpu_s and key not in known:
+            break
+        if is_grid or key not in known:
+            known[key] = {"model": name, "case": words} | make(name, case, known.get(key, {}))
+            print(json.dumps(known[key]), flush=True)
+        path.write_text(json.dumps({"rows": [*known.values()]}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""The step that a `StepCase` stands for: its rows, its model, teacher and optimizer.
+
+The same case runs on fake tensors (`simulate.py`) and on real ones (`bench/plan_memory.py`), so
+that what is compared is one step, not two descriptions of it.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from composer_replication.batch.collate import StepTensors
+from composer_replication.errors import ConfigError
+from composer_replication.losses.head import CPU_TILE_ROWS, GPU_TILE_ROWS
+from composer_replication.planner.step_case import OptimizerName, StepCase
+from composer_replication.step.optimizer_step import channel_sums
+from composer_replication.step.packed import score_packed
+from composer_replication.step.scores import Executor
+from composer_replication.step.separate import score_separately
+from composer_replication.step.settings import StepSettings
+from composer_replication.step.tree_forward import (
+    CPU_HEAD_TILE_MIB,
+    GPU_HEAD_TILE_MIB,
+    TreeOptions,
+)
+from composer_replication.training.teacher import Teacher, make_teacher
+
+
+def case_tensors(case: StepCase) -> StepTensors:
+    """The rows of a case as the collator gives them, with random token ids."""
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = _config(case.model).get_text_config().vocab_size
+
+    def ids(num_rows: int, num_tokens: int) -> Tensor:
+        return torch.randint(vocab_size, (num_rows, num_tokens), generator=generator)
+
+    tensors: StepTensors = {}
+    if case.num_rollouts:
+        # The rollouts of a group share their prompt.
+        prompt_ids = ids(1, case.prompt_tokens).repeat(case.num_rollouts, 1)
+        completion_ids = ids(case.num_rollouts, case.completion_tokens)
+        tensors |= {
+            "prompt_ids": prompt_ids,
+            "prompt_mask": torch.ones_like(prompt_ids),
+            "completion_ids": completion_ids,
+            "completion_mask": torch.ones_like(completion_ids),
+            "tool_mask": torch.ones_like(completion_ids),
+            "advantages": torch.linspace(-1.0, 1.0, case.num_rollouts),
+        }
+    if case.num_sites:
+        tensors |= _site_tensors(case, ids)
+    if case.num_pairs:
+        states = ids(case.num_pairs, case.pair_state_tokens)
+        for side in ("chosen", "rejected"):
+            rows = torch.cat([states, ids(case.num_pairs, case.pair_action_tokens)], dim=1)
+            mask = torch.zeros_like(rows).bool()
+            mask[:, case.pair_state_tokens :] = True
+            tensors[f"dpo_{side}_input_ids"] = rows
+            tensors[f"dpo_{side}_attention_mask"] = torch.ones_like(rows)
+            tensors[f"dpo_{side}_response_mask"] = mask
+            tensors[f"dpo_{side}_ref_logprobs"] = torch.zeros(case.num_pairs)
+        tensors["dpo_pair_weights"] = torch.ones(case.num_pairs)
+    return tensors
+
+
+def _site_tensors(case: StepCase, ids: Callable[[int, int], Tensor]) -> StepTensors:
+    states, actions = (
+        ids(case.num_sites, case.state_tokens),
+        ids(case.num_sites, case.action_tokens),
+    )
+    student = torch.cat([states, actions], dim=1)
+    teacher = torch.cat([states, ids(case.num_sites, case.hint_tokens), actions], dim=1)
+    mask = torch.zeros_like(student).bool()
+    mask[:, case.state_tokens :] = True
+    student_index = mask.nonzero()
+    return {
+        "input_ids": student,
+        "attention_mask": torch.ones_like(student),
+        "sdpo_loss_mask": mask,
+        "ctx_teacher_input_ids": teacher,
+        "ctx_teacher_attention_mask": torch.ones_like(teacher),
+        "sdpo_student_index": student_index,
+        "sdpo_teacher_index": student_index + torch.tensor([0, case.hint_tokens]),
+    }
+
+
+class CaseStep:
+    """A case's model, teacher and optimizer, ready to take one step after a first one."""
+
+    def __init__(self, case: StepCase, tensors: StepTensors, policy: nn.Module) -> None:
+        """Build everything else that stays between steps; the optimizer's state included.
+
+        Args:
+            case: what to build.
+            tensors: of `case_tensors`.
+            policy: of `case_policy`; weights on the meta device are made here.
+        """
+        self.case = case
+        self.tensors = tensors
+        self.policy = policy
+        _materialize(policy)
+        self.teacher: Teacher | None = None
+        if case.num_sites:
+            has_adapters = case.lora_r is not None
+            self.teacher = make_teacher(
+                case.teacher, self.policy, self._autocast, ema_rate=0.05, has_adapters=has_adapters
+            )
+        self.policy.train()
+        trained = [weight for weight in self.policy.parameters() if weight.requires_grad]
+        self.optimizer = _optimizer(case.optimizer, trained)
+        for weight in trained:
+            weight.grad = torch.zeros_like(weight)
+        self.optimizer.step()
+        if not case.accumulates:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def models(self) -> list[nn.Module]:
+        """The policy and the teacher's model, which may be the policy."""
+        if self.teacher is None:
+            return [self.policy]
+        with self.teacher.open() as teacher_model:
+            return [self.policy, teacher_model]
+
+    def persistent_bytes(self) -> dict[str, int]:
+        """What is in memory between two steps, by what it is for."""
+        weights = [*self.policy.parameters(), *self.policy.buffers()]
+        states = [
+            value
+            for state in self.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ]
+        parts: dict[str, list[Tensor]] = {
+            "weights": weights,
+            "teacher": [] if self.teacher is None else list(self.teacher.state().values()),
+            "optimizer": states,
+            "gradients": [weight.grad for weight in weights if weight.grad is not None],
+        }
+        return {name: sum(tensor.nbytes for tensor in part) for name, part in parts.items()}
+
+    def loss(self) -> Tensor:
+        """The sum of every channel's loss, its graph included."""
+        open_teacher = None if self.teacher is None else self.teacher.open
+        sums = channel_sums(
+            self.policy,
+            self.tensors,
+            self.case.channels,
+            StepSettings(),
+            open_teacher,
+            executor=_executor(self.case),
+        )
+        return torch.stack([part.loss_sum for part in sums.values()]).sum()
+
+    def update(self) -> None:
+        """Clip the gradients and move the weights, as the trainer does, and let go of them."""
+        trained = [weight for weight in self.policy.parameters() if weight.requires_grad]
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.teacher is not None:
+            self.teacher.update()
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return _bf16_autocast() if self.case.autocasts else nullcontext()
+
+
+def case_policy(case: StepCase, *, device: Literal["cpu", "meta"]) -> nn.Module:
+    """The model of a case with random weights, wrapped as the trainer wraps it."""
+    config = _config(case.model)
+    dtype = getattr(torch, case.weights_dtype)
+    with no_init_weights(), torch.device(device):
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    lm.tie_weights()
+    if device == "cpu":
+        with torch.no_grad():
+            for weight in lm.parameters():
+                weight.normal_(0.0, config.initializer_range)
+    return wrapped_policy(case, lm)
+
+
+def wrapped_policy(case: StepCase, lm: PreTrainedModel) -> nn.Module:
+    """A model with the adapter, checkpointing and autocast of a case."""
+    if case.checkpoints:
+        lm.activation_checkpointing_enable()
+    policy: nn.Module = lm
+    if case.lora_r is not None:
+        import peft
+
+        targets = case.lora_targets
+        adapter = peft.LoraConfig(
+            r=case.lora_r,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+        )
+        if case.checkpoints:
+            lm.enable_input_require_grads()
+        policy = peft.get_peft_model(lm, adapter)
+    if case.autocasts:
+        policy.forward = _autocasting(policy.forward)
+    return policy
+
+
+def _materialize(model: nn.Module) -> None:
+    """Give each weight and buffer of the meta device memory, tied ones once."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_meta:
+                if id(weight) not in made:
+                    values = torch.empty(weight.shape, dtype=weight.dtype)
+                    made[id(weight)] = nn.Parameter(values, requires_grad=weight.requires_grad)
+                module._parameters[name] = made[id(weight)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _autocasting(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The cache of cast weights ends with each forward, as under accelerate."""
+
+    def cast_forward(*args: object, **keywords: object) -> object:
+        with _bf16_autocast():
+            return forward(*args, **keywords)
+
+    return cast_forward
+
+
+def _bf16_autocast() -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def _executor(case: StepCase) -> Executor:
+    """The case's, with the tiles of its device: the tensors themselves are on a CPU."""
+    if case.executor == "packed":
+        tile_mib = CPU_HEAD_TILE_MIB if case.device_type == "cpu" else GPU_HEAD_TILE_MIB
+        return partial(score_packed, options=TreeOptions(head_tile_mib=tile_mib))
+    tile_rows = CPU_TILE_ROWS if case.device_type == "cpu" else GPU_TILE_ROWS
+    return partial(score_separately, tile_rows=tile_rows)
+
+
+def _config(settings: Mapping[str, object]) -> PreTrainedConfig:
+    values = dict(settings)
+    return AutoConfig.for_model(cast(str, values.pop("model_type")), **values)
+
+
+def _optimizer(name: OptimizerName, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if name not in ("adamw_torch_fused", "adamw_torch", "sgd", "adafactor"):
+        raise ConfigError(
+            f"grpo.optim is {name!r}, whose kernels need its device, so its step cannot be "
+            "simulated. Plan without --simulate."
+        )
+    if name == "sgd":
+        return torch.optim.SGD(weights, lr=1e-6)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(weights, lr=1e-6, scale_parameter=False, relative_step=False)
+    return torch.optim.AdamW(weights, lr=1e-6, fused=name == "adamw_torch_fused")

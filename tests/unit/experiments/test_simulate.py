@@ -1,0 +1,90 @@
+"""The simulated step holds what the real one holds, in every phase."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from composer_replication.cli.entry import main
+from composer_replication.errors import ConfigError, ModelError
+from composer_replication.experiments.case_step import case_policy
+from composer_replication.experiments.simulate import measure, simulate
+from composer_replication.planner.step_case import StepCase
+from composer_replication.units import gib
+
+LAYERS = 4
+QWEN2 = {
+    "model_type": "qwen2", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160,
+    "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "tie_word_embeddings": True, "initializer_range": 0.02,
+}  # fmt: skip
+LLAMA = QWEN2 | {"model_type": "llama", "tie_word_embeddings": False}
+GEMMA3 = QWEN2 | {
+    "model_type": "gemma3_text", "head_dim": 16, "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+ROWS = {
+    "num_rollouts": 4, "prompt_tokens": 40, "completion_tokens": 24,
+    "num_sites": 2, "state_tokens": 50, "hint_tokens": 9, "action_tokens": 12,
+    "num_pairs": 2, "pair_state_tokens": 45, "pair_action_tokens": 11,
+}  # fmt: skip
+BF16_LORA = {"lora_r": 4, "weights_dtype": "bfloat16", "autocasts": True}
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (QWEN2, {}),
+        (QWEN2, {"teacher": "frozen", "autocasts": True, "optimizer": "adamw_torch"}),
+        (LLAMA, {"autocasts": True, "checkpoints": True, "accumulates": True}),
+        (LLAMA, {"teacher": "ema", "checkpoints": True, **BF16_LORA}),
+        (QWEN2, {"num_rollouts": 0, "num_sites": 0, "optimizer": "sgd"}),
+        (GEMMA3, {"teacher": "live"}),
+        (QWEN2, {"teacher": "live", "executor": "packed"}),
+        (LLAMA, {"autocasts": True, "checkpoints": True, "executor": "packed"}),
+    ],
+)  # fmt: skip
+def test_two_shallow_fakes_give_what_the_deep_step_holds(model, options):
+    case = StepCase(model, **(ROWS | options))
+    real = measure(case, case_policy(case, device="cpu"))
+    simulated = simulate(case)
+    assert simulated.peak_gib == pytest.approx(real.peak_gib, rel=0.01)
+    assert simulated.phases_gib.keys() == real.phases_gib.keys()
+    for phase, peak_gib in real.phases_gib.items():
+        assert simulated.phases_gib[phase] == pytest.approx(peak_gib, rel=0.03), phase
+    for part, held_gib in real.persistent_gib.items():
+        assert simulated.persistent_gib[part] == pytest.approx(held_gib, rel=1e-3), part
+
+
+def test_an_architecture_whose_layers_do_not_repeat_is_refused():
+    kinds = ["full_attention"] * 7 + ["sliding_attention"]
+    model = GEMMA3 | {"num_hidden_layers": 8, "layer_types": kinds}
+    with pytest.raises(ModelError, match=r"repeat after 8.*without --simulate"):
+        simulate(StepCase(model, **ROWS))
+
+
+def test_a_gpus_larger_tiles_of_the_head_are_simulated():
+    """512 rows of fp32 logits at once in place of 64, twice: the logits and their gradient."""
+    rows = {"num_pairs": 4, "pair_state_tokens": 8, "pair_action_tokens": 128}
+    case = StepCase(QWEN2 | {"vocab_size": 8192}, **rows)
+    on_cpu, on_gpu = (simulate(replace(case, device_type=kind)) for kind in ("cpu", "cuda"))
+    more_gib = on_gpu.phases_gib["loss"] - on_cpu.phases_gib["loss"]
+    assert more_gib == pytest.approx(gib((512 - 64) * 8192 * 4 * 2), rel=0.05)
+
+
+def test_an_optimizer_of_another_device_is_refused():
+    with pytest.raises(ConfigError, match=r"adamw_8bit.*without --simulate"):
+        simulate(StepCase(QWEN2, optimizer="adamw_8bit", **ROWS))
+
+
+def test_the_plan_takes_the_simulation_in_place_of_formulas(tiny_model_dir, tmp_path, capsys):
+    config = tmp_path / "run.toml"
+    config.write_text(f'model = "{tiny_model_dir}"\n')
+    terms: list[dict[str, float]] = []
+    for options in ([], ["--simulate"]):
+        assert main(["plan", str(config), "--on", "local", "--json", *options]) == 0
+        terms.append(json.loads(capsys.readouterr().out)["chosen"]["terms_gib"])
+    formula, simulated = terms
+    assert simulated != formula
+    assert simulated["weights"] == pytest.approx(formula["weights"], rel=1e-3)
+    assert sum(simulated.values()) == pytest.approx(sum(formula.values()), rel=0.07)
