@@ -118,6 +118,8 @@ def config(output_dir, **changes):
         "pairs_per_step": 4,
         "alpha_sdpo": 0.75,
         "beta_replay": 0.25,
+        # What the oracles judge; packed runs are compared with these.
+        "tree": "off",
     }
     return ComposerConfig(**(values | changes))
 

@@ -38,6 +38,10 @@ CASES = {
     # The auxiliary loss of the router is TRL's and not linear in the batch.
     "experts": {"erring": (0, 1), "family": "qwen3_moe", "router_aux_loss_coef": 0.0},
     "lora": {"erring": (0, 1), "lora": True, "learning_rate": 0.01},
+    "packed": {"erring": (2,), "tree": "auto"},
+    "packed, live": {"erring": (0, 3), "tree": "auto", "teacher": "live"},
+    "packed, cut at nodes": {"erring": (0, 1), "tree": "auto", "tree_max_tokens": 60},
+    "packed lora": {"erring": (0, 1), "lora": True, "learning_rate": 0.01, "tree": "auto"},
 }
 WEIGHTS = {"grpo": 1.0, "sdpo": 0.75, "dpo": 0.25}
 SETTINGS = StepSettings(grpo=GRPOSettings(max_completion_length=16))

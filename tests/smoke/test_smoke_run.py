@@ -76,6 +76,7 @@ def test_the_summary_holds_the_notes_figures_and_no_zero_stands_for_unknown(fini
     assert {check["name"] for check in summary["checks"]} == {
         "channels_live/grpo", "channels_live/sdpo", "channels_live/dpo", "parameters_moved",
         "hint_effect", "dpo_reference", "gradient_rows", "token_alignment", "zero_weight_parity",
+        "packed_parity",
         "resume",
     }  # fmt: skip
     assert summary["steps"] == 3

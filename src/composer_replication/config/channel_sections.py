@@ -92,6 +92,9 @@ class BatchConfig(ConfigModel):
     """Longest row in tokens: state, hint and action together; None: no limit."""
     truncation: Literal["refuse", "middle"] = "refuse"
     """A row over `max_context_tokens` stops the run, or loses the middle of its state."""
+    tree_max_tokens: int | None = Field(default=65_536, ge=1)
+    """Most tokens of one forward under `tree = "auto"`; a larger step is cut into several, whose
+    activations never exist together; None: no limit."""
     channel_schedule: Literal["every_step", "alternate"] = "every_step"
     """Both dense channels at every step, or SDPO and DPO in turn, which lowers the peak memory."""
 

@@ -106,6 +106,21 @@ def undisturbed(trainer: ComposerReplicationTrainer) -> Iterator[None]:
 
 
 @contextmanager
+def with_separate_forwards(trainer: ComposerReplicationTrainer) -> Iterator[None]:
+    """The trainer with a forward for each role, whose rows belong to one record each.
+
+    Half precision rounds a packed forward differently when other rows are beside it; what is judged
+    here holds for it by `packed_parity`.
+    """
+    packing = trainer.packing
+    trainer.packing = packing.off()
+    try:
+        yield
+    finally:
+        trainer.packing = packing
+
+
+@contextmanager
 def without_dropout(trainer: ComposerReplicationTrainer) -> Iterator[None]:
     """Training mode in which two forwards of the same rows are equal."""
     policy = policy_of(trainer)

@@ -22,6 +22,7 @@ from composer_replication.experiments.channel_probe import (
     channel_loss,
     policy_of,
     undisturbed,
+    with_separate_forwards,
 )
 from composer_replication.experiments.plain_divergence import TOLERANCE, plain_gradient
 from composer_replication.experiments.token_alignment import SiteIds, site_ids
@@ -57,7 +58,10 @@ def check_gradient_rows(
     expected_NT = _expected_rows(inputs, ids)
     with undisturbed(trainer):
         policy_of(trainer).train()
-        with _watched_decoders(trainer, inputs) as scored:
+        with (
+            with_separate_forwards(trainer),
+            _watched_decoders(trainer, inputs) as scored,
+        ):
             loss = channel_loss(trainer, "sdpo", inputs)
             if loss.requires_grad:
                 trainer.accelerator.backward(loss)

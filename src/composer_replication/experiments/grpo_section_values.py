@@ -35,6 +35,7 @@ _OWNED_KEYS = {
     "dpo_label_smoothing": "dpo.label_smoothing",
     "pairs_per_step": "dpo.pairs_per_step",
     "max_context_tokens": "batch.max_context_tokens",
+    "tree_max_tokens": "batch.tree_max_tokens",
     "truncation": "batch.truncation",
 }
 _SHARED_KEYS = frozenset({"loss_type", "scale_rewards"})

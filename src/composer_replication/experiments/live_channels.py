@@ -17,6 +17,7 @@ from composer_replication.experiments.channel_probe import (
     channel_loss,
     gradient_norm,
     undisturbed,
+    with_separate_forwards,
     without_dropout,
 )
 from composer_replication.experiments.run_figures import (
@@ -54,7 +55,11 @@ def own_gradients(
     found: dict[str, OwnGradient] = {}
     for name in trainer.channel_weights:
         if name in batches.last:
-            with undisturbed(trainer), without_dropout(trainer):
+            with (
+                undisturbed(trainer),
+                with_separate_forwards(trainer),
+                without_dropout(trainer),
+            ):
                 found[name] = _own_gradient(trainer, name, batches.last[name].inputs)
     return found
 

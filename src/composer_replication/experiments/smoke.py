@@ -153,6 +153,7 @@ def _train_and_judge(
     seen = SmokeMeasurements(
         label=smoke.label,
         channel_weights=trainer.channel_weights,
+        executor=trainer.packing.label,
         rows=rows,
         phases_s=phases_s,
         peak_gib=peak,

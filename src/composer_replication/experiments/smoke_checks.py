@@ -9,6 +9,7 @@ from torch import Tensor
 from composer_replication.experiments import gradient_rows, token_alignment
 from composer_replication.experiments.channel_probe import Inputs, record_inputs, trainable
 from composer_replication.experiments.live_channels import check_channels, own_gradients
+from composer_replication.experiments.packed_check import check_packed
 from composer_replication.experiments.start_checks import StartChecks
 from composer_replication.experiments.trained_batches import TrainedBatches
 from composer_replication.experiments.trl_parity import check_parity
@@ -70,8 +71,9 @@ class SmokeChecks:
         rows_checks: list[Check] = []
         if "sdpo" in trainer.channel_weights:
             rows_checks = self._judge_rows()
+        packed = [check_packed(trainer, batches.latest.inputs)] if trainer.packing.is_on else []
         self._judged_s = time.perf_counter() - started_s
-        return [*channels, moved, *self._start.checks, *rows_checks, parity]
+        return [*channels, moved, *self._start.checks, *rows_checks, parity, *packed]
 
     def _judge_rows(self) -> list[Check]:
         inputs, sites = self._hinted_batch()

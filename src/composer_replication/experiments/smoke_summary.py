@@ -21,6 +21,8 @@ class SmokeMeasurements:
     label: str
     """The model as a reader knows it."""
     channel_weights: Mapping[str, float]
+    executor: str
+    """How the step was scored, and why so where it was not packed."""
     rows: list[MetricsRow]
     phases_s: dict[str, float | None]
     peak_gib: float
@@ -54,6 +56,7 @@ def summarise(seen: SmokeMeasurements) -> Summary:
         peak_tensor_gib=seen.peak_tensor_gib,
         peak_gib_max_shape=seen.largest_shape.peak_gib if seen.largest_shape else seen.peak_gib,
         phases_s=dict(seen.phases_s),
+        executor=seen.executor,
         channels={n: channel_figures(seen.rows, n) for n in ("grpo", *seen.channel_weights)},
         notes=notes,
     )

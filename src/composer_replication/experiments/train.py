@@ -92,6 +92,7 @@ def run_train(
             "step": metrics.clock.total_s.get("step", 0.0),
             "save": time.perf_counter() - save_started_s,
         },
+        executor=trainer.packing.label,
         channels={name: channel_figures(rows, name) for name in ("grpo", *trainer.channel_weights)},
         notes=parts.notes,
     )

@@ -19,6 +19,7 @@ from composer_replication.experiments.channel_probe import (
     policy_of,
     trainable,
     undisturbed,
+    with_separate_forwards,
 )
 from composer_replication.experiments.live_channels import OwnGradient
 from composer_replication.experiments.random_states import RandomStates
@@ -62,7 +63,8 @@ def check_parity(trainer: ComposerReplicationTrainer, inputs: Inputs) -> tuple[C
     assert names <= inputs.keys(), f"a micro-batch of TRL's has {names}"
     inputs = few_rows(inputs, MAX_ROWS)
     theirs = _trl_part(trainer)
-    with undisturbed(trainer):
+    # Only `tree = "off"` is TRL bit for bit: a packed forward adds up in another order.
+    with undisturbed(trainer), with_separate_forwards(trainer):
         trainer.channel_weights = _weights_of_0(trainer)
         policy_of(trainer).train()
         difference, norm = _difference(trainer, theirs, trainer.compute_loss, inputs)

@@ -84,6 +84,8 @@ class Summary(BaseModel):
     fetch; null: `load` fetched the weights), load, rollout, step (rollouts included), save."""
     cost_usd: Figure = None
     """What was billed, in USD; null where nothing is billed."""
+    executor: str | None = None
+    """How the step was scored: `packed`, or `separate` and why."""
     channels: dict[str, dict[str, Figure]] = Field(default_factory=dict[str, dict[str, Figure]])
     """Figures of each channel by its name, such as `{"sdpo": {"loss": 0.12, "tokens": 64}}`."""
     notes: list[str] = Field(default_factory=list[str])

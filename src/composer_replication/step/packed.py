@@ -8,7 +8,7 @@ teacher's weights walk a tree of their own without gradient.
 Letters: B rollouts, C completion tokens, M action tokens, P pairs, N scored tokens, R hidden rows.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -88,7 +88,7 @@ def score_packed(
         hidden, rows = _only(hidden, rows)
     compared = None
     if teacher_hidden is not None and teacher_head is not None:
-        sdpo = DivergenceOptions(*astuple(settings.sdpo))
+        sdpo = DivergenceOptions(**asdict(settings.sdpo))
         compared = ComparedTokens(rows["student"], teacher_hidden, teacher_head, sdpo)
     temperature = {"rollouts": settings.grpo.temperature, "chosen": 1.0, "rejected": 1.0}
     names = [name for name in temperature if name in roles]

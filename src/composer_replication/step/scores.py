@@ -30,7 +30,11 @@ class Scores:
 
 
 class Executor(Protocol):
-    """A way to compute `Scores`; every executor gives the same numbers."""
+    """A way to compute `Scores`; every executor gives the same numbers.
+
+    What it does with the sequences is its own: `separate` forwards each role, `packed` lays all out
+    in one row, and layers that carry a state need one that walks `trie.PrefixTree` depth first.
+    """
 
     def __call__(
         self,

@@ -16,7 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from composer_replication.errors import ConfigError, DataError
 from composer_replication.losses.head import OutputHead
-from composer_replication.step.hidden_states import tree_hidden_states, zero_in_graph
+from composer_replication.step.hidden_states import (
+    output_head,
+    tree_hidden_states,
+    zero_in_graph,
+)
 from composer_replication.step.tree_attention import RectangleKernel, TreeKernel
 from composer_replication.step.trie import Ids, PrefixTree, split_at_nodes
 
@@ -63,6 +67,10 @@ def forward_trees(
     """
     device = next(model.parameters()).device
     sequences, tokens = _joined(asked)
+    if not len(tokens):
+        return _no_rows(model), {
+            name: torch.empty(0, dtype=torch.long, device=device) for name in asked
+        }
     parts = split_at_nodes(sequences, options.max_tokens)
     trees: list[PrefixTree] = []
     first_row = 0
@@ -123,6 +131,12 @@ def _hidden_rows(
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     hidden = torch.cat([checkpoint(run, inner, use_reentrant=False) for run in steps])
     return hidden + zero_in_graph(model) if inner is not model else hidden
+
+
+def _no_rows(model: nn.Module) -> Float[Tensor, "0 H"]:
+    """No hidden state, but in the graph: an optimizer step without data still backpropagates."""
+    weight = output_head(model).weight
+    return weight.detach().new_zeros(0, weight.shape[1]) + zero_in_graph(model)
 
 
 def _part_rows(

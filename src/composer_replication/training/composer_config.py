@@ -45,8 +45,12 @@ class ComposerConfig(GRPOConfig):
     """Weights of the hint-conditioned teacher. None: ema, or frozen under LoRA."""
     teacher_ema_rate: float = 0.05
     """Share of the policy that enters the EMA teacher at each optimizer step."""
-    tree: Literal["off"] = "off"
-    """`off`: one forward for each role."""
+    tree: Literal["auto", "off"] = "auto"
+    """`auto`: one forward of the prefix tree of all rows, where an extra channel is on and the
+    model allows it; `off`: one forward for each role, and rollouts in TRL's order."""
+    tree_max_tokens: int | None = 65_536
+    """Most tokens of one forward of the tree; more are cut at its nodes into several, whose
+    activations never exist together. None: no limit."""
 
     sdpo_beta: float = 0.5
     """0 is KL(teacher || policy), 1 is KL(policy || teacher), between: Jensen-Shannon."""
@@ -149,6 +153,11 @@ class ComposerConfig(GRPOConfig):
             raise ConfigError(
                 f"teacher_ema_rate is {self.teacher_ema_rate}; it must be above 0 and at most 1. "
                 "For a teacher that never moves set teacher = 'frozen'."
+            )
+        if self.tree_max_tokens is not None and self.tree_max_tokens < 1:
+            raise ConfigError(
+                f"tree_max_tokens is {self.tree_max_tokens}; a forward needs at least 1 token. Set "
+                "None for no limit, or tree = 'off' for a forward of each role."
             )
         for name in ("hint_sites_per_step", "pairs_per_step"):
             if getattr(self, name) < 1:

@@ -172,6 +172,9 @@ def _phase(trace: TracebackType | None) -> Phase | None:
             phase = _PHASES[code.co_name]
         elif code.co_name == "score_hint_sites":
             phase = "policy" if "teacher_hidden" in local else "teacher"
+        elif code.co_name == "score_packed":
+            is_teacher = "teacher_model" in local and local["teacher_hidden"] is None
+            phase = "teacher" if is_teacher else "policy"
         elif code.co_name == "step" and "optim" in code.co_filename:
             phase = "optimizer"
         trace = trace.tb_next

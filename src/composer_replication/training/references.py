@@ -12,14 +12,19 @@ from pathlib import Path
 import torch
 import transformers
 import xxhash
+from accelerate import Accelerator
 from torch import nn
 
 from composer_replication.batch.collate import ComposerDataCollator
 from composer_replication.errors import DataError
 from composer_replication.runs.atomic_files import write_text_atomically
 from composer_replication.step.hidden_states import causal_lm
-from composer_replication.step.separate import score_actions
+from composer_replication.step.scores import Executor
+from composer_replication.step.separate import score_separately
+from composer_replication.step.settings import StepSettings
 from composer_replication.traces.pairs import PreferencePair
+from composer_replication.training.composer_config import ComposerConfig
+from composer_replication.training.packing import Packing
 from composer_replication.training.teacher import PolicyTeacher
 
 SCHEMA = 1
@@ -33,6 +38,31 @@ class ReferenceScores:
     rejected: list[float]
 
 
+def references_for_run(
+    pairs: Sequence[PreferencePair],
+    args: ComposerConfig,
+    policy: nn.Module,
+    accelerator: Accelerator,
+    collator: ComposerDataCollator,
+    executor: Packing,
+) -> list[PreferencePair]:
+    """The pairs with the sums under a run's starting weights, by the kernels it trains with."""
+    cache = args.reference_cache_dir or str(Path(str(args.output_dir)) / "reference_logps")
+    without_adapters = hasattr(policy, "disable_adapter")
+    scored, _ = with_references(
+        pairs,
+        PolicyTeacher(policy, accelerator.autocast, without_adapters=without_adapters),
+        policy,
+        collator,
+        precision=f"{accelerator.mixed_precision}/{policy.dtype}/{executor}",
+        # Same rows at a time as in training: a batch of another size moves the last digits.
+        batch_size=args.pairs_per_step,
+        cache_dir=Path(cache),
+        executor=executor,
+    )
+    return scored
+
+
 def with_references(
     pairs: Sequence[PreferencePair],
     reference: PolicyTeacher,
@@ -42,6 +72,7 @@ def with_references(
     precision: str,
     batch_size: int,
     cache_dir: Path,
+    executor: Executor = score_separately,
 ) -> tuple[list[PreferencePair], bool]:
     """The pairs with both reference sums filled in, and whether the cache had them.
 
@@ -53,6 +84,8 @@ def with_references(
         precision: of the forward, such as `bf16`; part of the key.
         batch_size: pairs scored at a time; part of the key, since padding moves the last digits.
         cache_dir: one JSON file for each key.
+        executor: of the training, so that both sides of a ratio come from the same kernels; what
+            tells it from others belongs into `precision`.
     """
     key = reference_key(pairs, policy, collator, precision=precision, batch_size=batch_size)
     cache_file = cache_dir / f"{key}.json"
@@ -60,7 +93,9 @@ def with_references(
     if is_cached:
         scores = _read(cache_file, len(pairs))
     else:
-        scores = score_references(pairs, reference, collator, batch_size=batch_size)
+        scores = score_references(
+            pairs, reference, collator, batch_size=batch_size, executor=executor
+        )
         cache_dir.mkdir(parents=True, exist_ok=True)
         payload = {"schema": SCHEMA, "chosen": scores.chosen, "rejected": scores.rejected}
         write_text_atomically(cache_file, json.dumps(payload))
@@ -86,6 +121,7 @@ def score_references(
     collator: ComposerDataCollator,
     *,
     batch_size: int,
+    executor: Executor = score_separately,
 ) -> ReferenceScores:
     """Score both actions of every pair under the reference's weights."""
     chosen: list[float] = []
@@ -95,8 +131,11 @@ def score_references(
         for start in range(0, len(pairs), batch_size):
             tensors, _ = collator.collate_pairs(pairs[start : start + batch_size])
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-            chosen += score_actions(model, tensors, "dpo_chosen").tolist()
-            rejected += score_actions(model, tensors, "dpo_rejected").tolist()
+            scores = executor(model, tensors, frozenset({"pairs"}), StepSettings(), None)
+            assert scores.chosen_logp is not None
+            assert scores.rejected_logp is not None
+            chosen += scores.chosen_logp.tolist()
+            rejected += scores.rejected_logp.tolist()
     return ReferenceScores(chosen, rejected)
 
 

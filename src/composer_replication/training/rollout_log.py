@@ -1,12 +1,17 @@
 """Every rollout as a readable row: people read samples before curves."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TypedDict, cast
 
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from composer_replication.runs.rollout_files import write_rollouts
 from composer_replication.traces.hints import HintSite
+from composer_replication.training.composer_config import ComposerConfig
+from composer_replication.training.trl_hooks import GRPOTrainer
 
 
 class RolloutRow(TypedDict):
@@ -60,3 +65,19 @@ def rollout_rows(
             }
         )
     return rows
+
+
+def write_step_rollouts(
+    trainer: GRPOTrainer, inputs: Sequence[Mapping[str, object]], output: Mapping[str, Tensor]
+) -> None:
+    """Write the rollouts of every rank for the step that comes; all ranks call it together."""
+    tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
+    rows: list[RolloutRow] = gather_object(rollout_rows(inputs, output, tokenizer))
+    if not trainer.accelerator.is_main_process:
+        return
+    for name, rewards in trainer._logs["rewards"].items():
+        for row, reward in zip(rows, list(rewards)[-len(rows) :], strict=True):
+            row["rewards"][name] = reward
+    args = cast(ComposerConfig, trainer.args)
+    folder = Path(args.rollouts_dir or Path(str(args.output_dir)) / "rollouts")
+    write_rollouts(folder, trainer.state.global_step + 1, rows)

@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from composer_replication.batch.collate import ComposerDataCollator
 from composer_replication.runs.checkpoint_folders import staging_folder
-from composer_replication.runs.rollout_files import write_rollouts
 from composer_replication.step.channels import CHANNELS, ChannelSum
 from composer_replication.step.hidden_states import causal_lm, check_output_head
 from composer_replication.step.optimizer_step import channel_sums
+from composer_replication.step.settings import TeacherContext
 from composer_replication.traces.hints import HintSite
 from composer_replication.traces.pairs import PreferencePair
 from composer_replication.training import routing
@@ -36,24 +35,25 @@ from composer_replication.training.generation_plan import (
     refuse_reentrant_checkpointing,
 )
 from composer_replication.training.metrics import StepClock, means_over_ranks
+from composer_replication.training.packing import Packing
 from composer_replication.training.record_loader import hint_sites_from, pairs_from
 from composer_replication.training.record_texts import RecordTextCollator
-from composer_replication.training.references import with_references
+from composer_replication.training.references import references_for_run
 from composer_replication.training.resume_state import load_run_state, save_run_state, skip_passes
 from composer_replication.training.rewards import RewardFunction, environment_reward
-from composer_replication.training.rollout_log import rollout_rows
+from composer_replication.training.rollout_log import write_step_rollouts
 from composer_replication.training.rollouts import EnvironmentRollouts
 from composer_replication.training.run_guards import RunGuards
 from composer_replication.training.site_sampling import sample_site_actions
 from composer_replication.training.step_diagnostics import StepDiagnostics
 from composer_replication.training.teacher import (
-    PolicyTeacher,
     Teacher,
     TeacherCallback,
     make_teacher,
 )
 from composer_replication.training.trl_hooks import GRPOConfig, GRPOTrainer
 from composer_replication.training.whole_checkpoint import whole_checkpoint
+from composer_replication.training.whole_groups import keep_groups_whole
 
 Inputs = dict[str, Tensor]
 
@@ -139,6 +139,7 @@ class ComposerReplicationTrainer(GRPOTrainer):
             vocab_size=causal_lm(policy).config.get_text_config().vocab_size,
         )
         self.step_settings = args.step_settings()
+        self.packing = Packing.for_trainer(self, self.step_settings, self.channel_weights)
         self.teacher: Teacher | None = None
         self.planner: GenerationPlanner | None = None
         data = {CHANNELS[name].data for name in self.channel_weights}
@@ -152,11 +153,13 @@ class ComposerReplicationTrainer(GRPOTrainer):
                 cast(nn.Module, self.model),
                 self._autocast,
                 ema_rate=args.teacher_ema_rate,
-                has_adapters=self._has_adapters,
+                has_adapters=hasattr(policy, "disable_adapter"),
             )
             self.add_callback(TeacherCallback(self.teacher))
         if pairs is not None and "pairs" in data:
-            pairs = self._score_references(pairs)
+            pairs = references_for_run(
+                pairs, args, policy, self.accelerator, self.collator, self.packing
+            )
         self.planner = GenerationPlanner(
             args,
             list(self.channel_weights),
@@ -166,23 +169,6 @@ class ComposerReplicationTrainer(GRPOTrainer):
             num_ranks=self.accelerator.num_processes,
             sum_over_ranks=self._sum_over_ranks,
         )
-
-    def _score_references(self, pairs: list[PreferencePair]) -> list[PreferencePair]:
-        args = self._composer_args
-        cache = args.reference_cache_dir or str(Path(str(args.output_dir)) / "reference_logps")
-        policy = cast(nn.Module, self.model)
-        reference = PolicyTeacher(policy, self._autocast, without_adapters=self._has_adapters)
-        # Same rows at a time as in training: a batch of another size moves the last digits.
-        scored, _ = with_references(
-            pairs,
-            reference,
-            policy,
-            self.collator,
-            precision=f"{self.accelerator.mixed_precision}/{policy.dtype}",
-            batch_size=args.pairs_per_step,
-            cache_dir=Path(cache),
-        )
-        return scored
 
     def _autocast(self) -> AbstractContextManager[object]:
         """The policy's own precision, for weights that accelerate has not wrapped."""
@@ -196,10 +182,6 @@ class ComposerReplicationTrainer(GRPOTrainer):
     def _is_training(self) -> bool:
         return cast(nn.Module, self.model).training
 
-    @property
-    def _has_adapters(self) -> bool:
-        return hasattr(self.model, "disable_adapter")
-
     # ---- what TRL calls -------------------------------------------------------------------------
 
     def _generate_and_score_completions(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -212,7 +194,7 @@ class ComposerReplicationTrainer(GRPOTrainer):
         self._metrics["train" if self._is_training else "eval"]["rollout_s"].append(rollout_s)
         if self._is_training:
             sites = self._route(inputs, output)
-            self._write_rollouts(inputs, output)
+            write_step_rollouts(self, inputs, output)
             if self.planner is not None:
                 self._plan = self.planner.plan(
                     sites,
@@ -224,7 +206,11 @@ class ComposerReplicationTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: object) -> Inputs:
         """TRL's micro-batch with the tensors of the extra channels beside it."""
+        generation = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
+        if self.packing.is_on and self._buffered_inputs is not generation:
+            self._buffered_inputs = keep_groups_whole(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % len(self._buffered_inputs)]
         if not self._plan or not self._is_training:
             return inputs
         micro_batch = self._plan[self._step % len(self._plan)]
@@ -236,15 +222,17 @@ class ComposerReplicationTrainer(GRPOTrainer):
         Raises:
             TrainingError: the loss is not finite; nothing is updated.
         """
+        names = self._scheduled_channels()
+        with self.packing.shared(model, inputs, names, self._open_teacher):
+            return self._weighted_losses(model, inputs, names)
+
+    def _weighted_losses(self, model: nn.Module, inputs: Inputs, names: tuple[str, ...]) -> Tensor:
         with self.diagnostics.watching(self):
             loss = super()._compute_loss(model, inputs)
         if not self._is_training:
             return loss
         losses = {"grpo": loss}
-        args = self._composer_args
-        for name in scheduled(
-            tuple(self.channel_weights), args.channel_schedule, self.state.global_step
-        ):
+        for name in names:
             losses[name] = self._channel_loss(name, model, inputs)
             loss = loss + self.channel_weights[name] * losses[name]
         means = self._record(losses, inputs)
@@ -252,6 +240,32 @@ class ComposerReplicationTrainer(GRPOTrainer):
             raise non_finite_loss(means, inputs, self.state.global_step + 1)
         self.diagnostics.measure(self, model, losses, inputs, self.teacher)
         return loss
+
+    def _get_per_token_logps_and_entropies(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        **keywords: object,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's policy, old and reference log-probs, all from the same kernels where packed."""
+        rows = (input_ids, attention_mask, logits_to_keep)
+        if not self.packing.is_on:
+            return super()._get_per_token_logps_and_entropies(model, *rows, **keywords)  # pyright: ignore[reportArgumentType]
+        return *self.packing.rollout_scores(model, *rows), None
+
+    def _scheduled_channels(self) -> tuple[str, ...]:
+        if not self._is_training:
+            return ()
+        schedule = self._composer_args.channel_schedule
+        return scheduled(tuple(self.channel_weights), schedule, self.state.global_step)
+
+    @property
+    def _open_teacher(self) -> TeacherContext | None:
+        """None stands for the live policy, which rides in the packed forward."""
+        is_riding = self.packing.is_on and self._composer_args.teacher == "live"
+        return None if self.teacher is None or is_riding else self.teacher.open
 
     def _get_grad_norm(
         self, model: nn.Module, grad_norm: Tensor | float | None = None
@@ -286,8 +300,9 @@ class ComposerReplicationTrainer(GRPOTrainer):
 
     def _normalised(self, name: str, model: nn.Module, inputs: Inputs) -> Tensor:
         """A channel's sum times ranks over its count in the whole optimizer step."""
-        open_teacher = None if self.teacher is None else self.teacher.open
-        part = channel_sums(model, inputs, (name,), self.step_settings, open_teacher)[name]
+        settings, teacher = self.step_settings, self._open_teacher
+        sums = channel_sums(model, inputs, (name,), settings, teacher, executor=self.packing)
+        part = sums[name]
         count = float(inputs[f"{name}_step_count"])
         self._record_channel_metrics(part)
         return part.loss_sum * self.accelerator.num_processes / max(count, 1.0)
@@ -347,18 +362,6 @@ class ComposerReplicationTrainer(GRPOTrainer):
         for name, value in part.metrics.items():
             total, count = self._metric_sums.get(name, (0.0, 0.0))
             self._metric_sums[name] = (total + float(value) * part.count, count + part.count)
-
-    def _write_rollouts(self, inputs: list[dict[str, object]], output: Inputs) -> None:
-        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-        rows = gather_object(rollout_rows(inputs, output, tokenizer))
-        if not self.accelerator.is_main_process:
-            return
-        for name, rewards in self._logs["rewards"].items():
-            for row, reward in zip(rows, list(rewards)[-len(rows) :], strict=True):
-                row["rewards"][name] = reward
-        args = self._composer_args
-        folder = Path(args.rollouts_dir or Path(str(args.output_dir)) / "rollouts")
-        write_rollouts(folder, self.state.global_step + 1, rows)
 
     # ---- checkpoints ----------------------------------------------------------------------------
 

@@ -2,9 +2,8 @@
 
 Overridden: `__init__`, `_prepare_inputs`, `_generate_and_score_completions`, `_compute_loss`,
 `_save_checkpoint`, `_load_from_checkpoint`, `_get_output_dir`, `_get_train_sampler`,
-`_get_grad_norm`. Called:
-`_generate_single_turn`. Watched: `_get_per_token_logps_and_entropies`. Kept in checkpoints:
-`_step`, `_buffered_inputs`.
+`_get_grad_norm`, `_get_per_token_logps_and_entropies`. Called: `_generate_single_turn`. Kept in
+checkpoints: `_step`, `_buffered_inputs`. Read: `aux_loss_enabled`.
 """
 
 import os

@@ -23,8 +23,8 @@ from composer_replication.experiments.trainer_setup import (
 )
 from composer_replication.losses import divergence
 from composer_replication.runs.run_directory import RunDirectory
-from composer_replication.step import channels, separate
-from composer_replication.training import references, resume_state, trainer
+from composer_replication.step import channels, packed, separate
+from composer_replication.training import packing, references, resume_state, trainer
 from composer_replication.training.metrics import StepMetricsCallback
 from composer_replication.training.trainer import ComposerReplicationTrainer
 
@@ -61,7 +61,8 @@ def judge(tiny_model_dir, tmp_path):
     def run(*settings):
         values = [value for value in SIZES[5::2] if value != "--set"]
         fixed = [f'model="{tiny_model_dir}"', "smoke.fixed_shapes=[2, 96]"]
-        config = load_config(None, [*fixed, *values, *settings])
+        # Faults are planted in separate forwards; a packed step beside them would only differ.
+        config = load_config(None, ["tree=off", *fixed, *values, *settings])
         length = {"max_steps": 2, "logging_steps": 1, "save_strategy": "no"}
         with RunDirectory.create(tmp_path / "run", resume=False) as folder, quiet_libraries():
             parts = prepare(config, folder, overrides=length)
@@ -87,7 +88,7 @@ def test_without_a_fault_every_check_passes_with_value_and_bound(smoke):
     assert [check["name"] for check in checks] == [
         "channels_live/grpo", "channels_live/sdpo", "channels_live/dpo", "parameters_moved",
         "hint_effect", "dpo_reference", "gradient_rows", "token_alignment", "zero_weight_parity",
-        "resume",
+        "packed_parity", "resume",
     ]  # fmt: skip
     for check in checks:
         assert check["passed"]
@@ -120,14 +121,14 @@ def test_a_detached_channel_has_a_loss_and_moves_nothing(judge, monkeypatch, cha
 
 
 def test_a_channel_that_is_logged_and_not_added_is_found_by_its_gradient(judge, monkeypatch):
-    plant(monkeypatch, ComposerReplicationTrainer, "_compute_loss",
+    plant(monkeypatch, ComposerReplicationTrainer, "_weighted_losses",
           "* losses[name]", "* losses[name].detach()")  # fmt: skip
     causes = failed(judge(), "channels_live/sdpo", "channels_live/dpo")
     assert "100% of the sdpo channel's own gradient is missing" in causes["channels_live/sdpo"]
 
 
 def test_a_weight_that_is_not_applied_is_found_by_the_sum(judge, monkeypatch):
-    plant(monkeypatch, ComposerReplicationTrainer, "_compute_loss",
+    plant(monkeypatch, ComposerReplicationTrainer, "_weighted_losses",
           "self.channel_weights[name] *",
           '(2.0 if name == "dpo" else 1.0) * self.channel_weights[name] *')  # fmt: skip
     causes = failed(judge(), "channels_live/dpo")
@@ -251,7 +252,7 @@ def test_a_live_teacher_that_is_not_cut_off_from_the_gradient_is_found(judge, mo
 
 
 def test_a_term_that_no_weight_controls_is_found(judge, monkeypatch):
-    plant(monkeypatch, ComposerReplicationTrainer, "_compute_loss",
+    plant(monkeypatch, ComposerReplicationTrainer, "_weighted_losses",
           "losses = {", "loss = loss + 1e-6 * next(model.parameters()).sum()\n    losses = {"
     )  # fmt: skip
     causes = failed(judge(), "zero_weight_parity")
@@ -259,10 +260,20 @@ def test_a_term_that_no_weight_controls_is_found(judge, monkeypatch):
 
 
 def test_a_loss_that_draws_random_numbers_is_found(judge, monkeypatch):
-    plant(monkeypatch, ComposerReplicationTrainer, "_compute_loss",
+    plant(monkeypatch, ComposerReplicationTrainer, "_weighted_losses",
           "losses = {", "torch.rand(1)\n    losses = {")  # fmt: skip
     causes = failed(judge(), "zero_weight_parity")
     assert "another random state" in causes["zero_weight_parity"]
+
+
+# ---- packed_parity --------------------------------------------------------------------------
+
+
+def test_a_packed_forward_that_reads_another_row_is_found(judge, monkeypatch):
+    plant(monkeypatch, packed, "score_packed", "rows[name],", "rows[name].roll(1),")
+    monkeypatch.setattr(packing, "score_packed", packed.score_packed)
+    causes = failed(judge("tree=auto"), "packed_parity")
+    assert "of their norm" in causes["packed_parity"]
 
 
 # ---- resume ---------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ DIVERGENCES = {
     "top k with a tail": {"top_k": 4, "tail": True},
     "top k of the policy": {"top_k": 4, "top_k_from": "policy"},
     "clipped by token": {"clip": "token", "clip_value": 0.05},
+    "weighed by certainty": {"entropy_scale": 0.7},
 }
 HEADS = {
     "plain": {},

@@ -12,6 +12,7 @@ import torch
 from composer_replication.config.loading import load_config
 from composer_replication.errors import InputError, MemoryLimitError
 from composer_replication.experiments import saved_model
+from composer_replication.step.packed import score_packed
 from composer_replication.step.separate import score_hint_sites
 from composer_replication.training import model_source, out_of_memory, references, teacher
 from composer_replication.training.memory_remedies import MemoryFigures, remedies
@@ -189,6 +190,7 @@ def test_the_functions_that_say_the_phase_exist_under_those_names():
     for name, home in homes.items():
         assert getattr(home, name).__name__ == name
     assert "teacher_hidden" in score_hint_sites.__code__.co_varnames
+    assert {"teacher_hidden", "teacher_model"} <= set(score_packed.__code__.co_varnames)
 
 
 def test_the_optimizers_step_is_told_from_others(room, monkeypatch):

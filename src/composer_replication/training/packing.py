@@ -1,0 +1,150 @@
+"""One packed forward a micro-batch, read by TRL's loss and by every channel of the step."""
+
+import logging
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from composer_replication.batch.collate import StepTensors
+from composer_replication.step.channels import CHANNELS
+from composer_replication.step.packed import score_packed
+from composer_replication.step.packed_support import why_not_packed
+from composer_replication.step.scores import Executor, Scores
+from composer_replication.step.separate import score_separately
+from composer_replication.step.settings import StepSettings, TeacherContext
+from composer_replication.step.tree_forward import TreeOptions
+from composer_replication.training.composer_config import ComposerConfig
+from composer_replication.training.trl_hooks import GRPOTrainer
+
+ROLLOUTS = frozenset({"rollouts"})
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Held:
+    """Scores of a micro-batch while its losses are computed."""
+
+    needs: frozenset[str]
+    scores: Scores
+
+
+class Packing:
+    """The trainer's executor: `score_packed` where `tree` and the model allow it.
+
+    Attributes:
+        reason: why every role has a forward of its own; None: packed.
+    """
+
+    def __init__(self, reason: str | None, settings: StepSettings, options: TreeOptions) -> None:
+        """Keep what scoring needs; `for_trainer` decides."""
+        self.reason = reason
+        self._settings = settings
+        self._score: Executor = (
+            partial(score_packed, options=options) if reason is None else score_separately
+        )
+        self._held: _Held | None = None
+
+    @classmethod
+    def for_trainer(
+        cls, trainer: GRPOTrainer, settings: StepSettings, channels: Collection[str]
+    ) -> "Packing":
+        """Packed, unless `tree` is off or the model's own forwards would not be reproduced.
+
+        Args:
+            trainer: with its model, not yet wrapped for several processes.
+            settings: of every channel.
+            channels: the extra channels that are on; without any the step is TRL's, bit for bit.
+        """
+        args = cast(ComposerConfig, trainer.args)
+        options = TreeOptions(max_tokens=args.tree_max_tokens)
+        if args.tree == "off":
+            return cls("tree is off", settings, options)
+        if not channels:
+            return cls("no extra channel is on, so the step is TRL's own", settings, options)
+        reason = why_not_packed(cast(nn.Module, trainer.model))
+        if trainer.aux_loss_enabled:
+            reason = "TRL adds a router's loss over all tokens, and a tree holds shared ones once"
+        if reason is not None:
+            _logger.warning("Every role has a forward of its own: %s.", reason)
+        return cls(reason, settings, options)
+
+    @property
+    def label(self) -> str:
+        """For a run's summary: the executor, and why it is not the packed one."""
+        return "packed" if self.reason is None else f"separate: {self.reason}"
+
+    def off(self) -> "Packing":
+        """The same trainer's with a forward for each role."""
+        return Packing("tree is off", self._settings, TreeOptions())
+
+    def __str__(self) -> str:
+        """The executor, for cache keys."""
+        return "packed" if self.is_on else "separate"
+
+    @property
+    def is_on(self) -> bool:
+        """Whether one forward serves all."""
+        return self.reason is None
+
+    def __call__(
+        self,
+        model: nn.Module,
+        tensors: StepTensors,
+        needs: frozenset[str],
+        settings: StepSettings,
+        teacher: TeacherContext | None,
+    ) -> Scores:
+        """The scores of the forward that is held, or of one for these needs alone."""
+        if self._held is not None and needs <= self._held.needs:
+            return self._held.scores
+        return self._score(model, tensors, needs, settings, teacher)
+
+    @contextmanager
+    def shared(
+        self,
+        model: nn.Module,
+        inputs: StepTensors,
+        channels: Iterable[str],
+        teacher: TeacherContext | None,
+    ) -> Iterator[None]:
+        """Hold one forward for TRL's loss and these channels, if packed."""
+        if not self.is_on:
+            yield
+            return
+        tensors = {"tool_mask": torch.ones_like(inputs["completion_mask"]), **inputs}
+        live = {CHANNELS[name].data for name in channels if CHANNELS[name].count(tensors) > 0}
+        needs = ROLLOUTS | live
+        scores = self._score(model, tensors, needs, self._settings, teacher)
+        self._held = _Held(needs, scores)
+        try:
+            yield
+        finally:
+            self._held = None
+
+    def rollout_scores(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of TRL's completions: the held ones, or those of this model."""
+        scores = None if self._held is None else self._held.scores
+        if scores is None:
+            tensors = {
+                "prompt_ids": input_ids[:, :-logits_to_keep],
+                "prompt_mask": attention_mask[:, :-logits_to_keep],
+                "completion_ids": input_ids[:, -logits_to_keep:],
+                "completion_mask": attention_mask[:, -logits_to_keep:],
+            }
+            tensors["tool_mask"] = torch.ones_like(tensors["completion_mask"])
+            scores = self._score(model, tensors, ROLLOUTS, self._settings, None)
+        assert scores.policy_logp is not None
+        assert scores.entropy is not None
+        return scores.policy_logp, scores.entropy

@@ -1,0 +1,188 @@
+"""The trainer's packed steps equal those with a forward for each role, in weights and metrics."""
+
+import dataclasses
+
+import pytest
+import tiny_families
+import tiny_trainer
+import torch
+from test_step_under_lora import lora_model
+
+from composer_replication.training.whole_groups import keep_groups_whole
+
+# TRL's and its dependencies' own warnings are not ours to fix.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CASES = {
+    "ema": {},
+    "live": {"teacher": "live"},
+    "frozen": {"teacher": "frozen"},
+    "gspo": {"importance_sampling_level": "sequence"},
+    "old log-probs": {"num_iterations": 2, "max_steps": 4, "learning_rate": 0.02},
+    "two micro-batches": {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    },
+    "cut at nodes": {"tree_max_tokens": 80},
+    "entropy bonus and mask": {"top_entropy_quantile": 0.5},
+    "alternating": {"channel_schedule": "alternate", "max_steps": 4},
+    "checkpointing": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
+}
+
+
+def run(output_dir, tree, model=None, **changes):
+    trainer = tiny_trainer.build_trainer(output_dir, model=model, tree=tree, **changes)
+    assert trainer.packing.is_on == (tree == "auto")
+    return tiny_trainer.train(trainer)
+
+
+def assert_equal_runs(packed, separate, atol=3e-6):
+    (rows, weights), (other_rows, other_weights) = packed, separate
+    for name, weight in other_weights.items():
+        assert torch.allclose(weights[name], weight, rtol=0, atol=atol), name
+    for row, other in zip(rows, other_rows, strict=True):
+        assert row.keys() == other.keys()
+        for name in other:
+            if name.endswith(("_s", "time", "num_tokens")) or "step_time" in name:
+                continue
+            assert row[name] == pytest.approx(other[name], rel=2e-4, abs=2e-5), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_packed_run_equals_one_with_separate_forwards(case, tmp_path):
+    packed, separate = (run(tmp_path / tree, tree, **CASES[case]) for tree in ("auto", "off"))
+    assert_equal_runs(packed, separate)
+
+
+def test_a_packed_run_of_an_adapter_with_kl_equals_one_with_separate_forwards(tmp_path):
+    """TRL's reference is the policy with its adapter off, and so is the frozen teacher."""
+    packed, separate = (
+        run(tmp_path / tree, tree, lora_model("llama").float(), learning_rate=0.01, beta=0.3)
+        for tree in ("auto", "off")
+    )
+    assert_equal_runs(packed, separate)
+
+
+def test_without_an_extra_channel_the_step_is_trls(tmp_path):
+    trainer = tiny_trainer.build_trainer(tmp_path, tree="auto", alpha_sdpo=0.0, beta_replay=0.0)
+    assert trainer.packing.label == "separate: no extra channel is on, so the step is TRL's own"
+
+
+def forwards_with_gradient(trainer):
+    """How many forwards of the decoder each micro-batch makes with a graph, in a run."""
+    counts, seen = [], []
+    decoder = trainer.model.get_decoder()
+    decoder.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    compute = trainer._compute_loss
+
+    def counted(model, inputs):
+        seen.clear()
+        loss = compute(model, inputs)
+        counts.append(sum(seen))
+        return loss
+
+    trainer._compute_loss = counted
+    trainer.train()
+    return counts
+
+
+def test_one_forward_of_the_policy_serves_trl_and_every_channel(tmp_path):
+    trainer = tiny_trainer.build_trainer(tmp_path, tree="auto")
+    assert forwards_with_gradient(trainer) == [1, 1]
+    separate = tiny_trainer.build_trainer(tmp_path, tree="off")
+    assert forwards_with_gradient(separate) == [4, 4]
+
+
+def test_old_and_reference_log_probs_come_from_the_packed_forward_too(tmp_path):
+    model = lora_model("llama").float()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    trainer = tiny_trainer.build_trainer(
+        tmp_path,
+        model=model,
+        tree="auto",
+        beta=0.3,
+        num_iterations=2,
+        max_steps=2,
+        learning_rate=0.0,
+    )
+    rows, _ = tiny_trainer.train(trainer)
+    # The adapter adds 0 and never moves, so every ratio is 1 to the last digits of one kernel.
+    assert all(row["kl"] == pytest.approx(0, abs=1e-9) for row in rows)
+    assert all(row["clip_ratio/region_mean"] == 0 for row in rows)
+    assert all(row["rewards/margins"] == pytest.approx(0, abs=1e-5) for row in rows)
+
+
+def micro_batches(tmp_path, tree):
+    trainer = tiny_trainer.build_trainer(
+        tmp_path, tree=tree, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    trainer.train()
+    return trainer._buffered_inputs
+
+
+def test_whole_groups_stay_in_one_micro_batch(tmp_path):
+    for batch in micro_batches(tmp_path, "auto"):
+        assert torch.equal(batch["prompt_ids"][0], batch["prompt_ids"][1])
+
+
+def test_regrouping_keeps_every_row_together_with_all_of_its_values():
+    prompts = torch.tensor([[1, 2], [3, 4], [1, 2], [5, 6], [3, 4], [5, 6]])
+    shuffled = [
+        {
+            "prompt_ids": prompts[part],
+            "prompt_mask": torch.ones_like(prompts[part]),
+            "row": torch.arange(6)[part],
+            "names": [f"row {i}" for i in range(6)][part],
+            "num_items_in_batch": torch.tensor(9.0),
+            "tool_mask": None,
+        }
+        for part in (slice(0, 2), slice(2, 4), slice(4, 6))
+    ]
+    whole = keep_groups_whole(shuffled)
+    assert [batch["row"].tolist() for batch in whole] == [[0, 2], [1, 4], [3, 5]]
+    assert [batch["names"] for batch in whole] == [
+        ["row 0", "row 2"], ["row 1", "row 4"], ["row 3", "row 5"]
+    ]  # fmt: skip
+    assert all(batch["num_items_in_batch"] == 9 for batch in whole)
+    assert all(batch["tool_mask"] is None for batch in whole)
+    assert torch.equal(whole[1]["prompt_ids"], prompts[[1, 4]])
+
+
+def test_a_model_that_a_tree_does_not_reproduce_says_why_and_trains_separately(tmp_path, caplog):
+    model = tiny_families.tiny_model("llama", dtype=torch.float32, attention_dropout=0.1)
+    trainer = tiny_trainer.build_trainer(tmp_path, model=model, tree="auto")
+    assert not trainer.packing.is_on
+    assert "drops 10% of its values" in trainer.packing.label
+    assert "Every role has a forward of its own" in caplog.text
+    rows, _ = tiny_trainer.train(trainer)
+    assert len(rows) == 2
+
+
+def test_a_routers_loss_over_all_tokens_is_a_reason_for_separate_forwards(tmp_path):
+    with_loss, without = (
+        tiny_trainer.build_trainer(
+            tmp_path, tree="auto", family="qwen3_moe", router_aux_loss_coef=coefficient
+        )
+        for coefficient in (0.1, 0.0)
+    )
+    assert "router" in with_loss.packing.label
+    assert without.packing.label == "packed"
+
+
+def test_tree_off_is_said_without_a_warning(tmp_path, caplog):
+    trainer = tiny_trainer.build_trainer(tmp_path, tree="off")
+    assert trainer.packing.label == "separate: tree is off"
+    assert "forward of its own" not in caplog.text
+
+
+def test_a_config_of_trl_packs_by_default():
+    fields = {
+        field.name: field.default for field in dataclasses.fields(tiny_trainer.ComposerConfig)
+    }
+    assert fields["tree"] == "auto"
+    assert fields["tree_max_tokens"] == 65_536

@@ -1,0 +1,138 @@
+"""Odd step batches through the packed executor: each gives what separate forwards give."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from composer_replication.errors import ConfigError, DataError
+from composer_replication.losses.head import OutputHead
+from composer_replication.step.packed import score_packed
+from composer_replication.step.separate import score_separately
+from composer_replication.step.settings import StepSettings
+from composer_replication.step.tree_forward import TreeOptions, head_tile_rows
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "numerics"))
+import tiny_families
+
+NEEDS = frozenset({"rollouts", "hint_sites", "pairs"})
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_families.tiny_model("phi")
+
+
+def rollouts(prompts, completions, mask=None):
+    """Tensors of rollouts of equal lengths, nothing padded."""
+    prompt_ids, completion_ids = torch.tensor(prompts), torch.tensor(completions)
+    ones = torch.ones_like(completion_ids)
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": torch.ones_like(prompt_ids),
+        "completion_ids": completion_ids,
+        "completion_mask": ones,
+        "tool_mask": ones if mask is None else torch.tensor(mask),
+    }
+
+
+def site(state, hinted, action):
+    """Tensors of one hint site."""
+    student, teacher = torch.tensor([[*state, *action]]), torch.tensor([[*hinted, *action]])
+    return {
+        "input_ids": student,
+        "attention_mask": torch.ones_like(student),
+        "ctx_teacher_input_ids": teacher,
+        "ctx_teacher_attention_mask": torch.ones_like(teacher),
+        "sdpo_student_index": torch.tensor([[0, len(state) + i] for i in range(len(action))]),
+        "sdpo_teacher_index": torch.tensor([[0, len(hinted) + i] for i in range(len(action))]),
+    }
+
+
+BATCHES = {
+    "no shared token": rollouts([[7, 8], [9, 10]], [[11, 12], [13, 14]]),
+    "a single sequence": rollouts([[7, 8, 9]], [[11, 12]]),
+    "duplicates": rollouts([[7, 8]] * 3, [[11, 12]] * 3),
+    "a sequence that is a prefix of another": rollouts([[7, 8]], [[11, 12]])
+    | site([7, 8, 11, 12], [7, 8, 9, 12], [13]),
+    "a hint at position 0": site([7, 8, 9], [20, 21, 7, 8, 9], [11, 12, 13]),
+    "a hint that changes nothing": site([7, 8, 9], [7, 8, 9], [11, 12]),
+    "one token of state": site([7], [20, 7], [11]),
+    "rollouts beside a site of theirs": rollouts([[7, 8]] * 2, [[11, 12], [11, 13]])
+    | site([7, 8], [7, 20, 8], [11, 12]),
+}
+
+
+@pytest.mark.parametrize("tensors", BATCHES.values(), ids=BATCHES)
+def test_odd_batches_have_the_scores_and_gradients_of_separate_forwards(tensors, model):
+    results = []
+    for executor in (score_packed, score_separately):
+        scores = executor(model, tensors, NEEDS, StepSettings(), None)
+        values = [scores.policy_logp, scores.entropy, scores.divergence]
+        values = [value for value in values if value is not None]
+        weighted = sum((v * torch.linspace(1, 2, v.numel()).view_as(v)).sum() for v in values)
+        results.append((values, torch.autograd.grad(weighted, list(model.parameters()))))
+    (values, grads), (other_values, other_grads) = results
+    for value, other in zip(values, other_values, strict=True):
+        assert torch.allclose(value, other, rtol=1e-10, atol=1e-12)
+    for grad, other in zip(grads, other_grads, strict=True):
+        assert torch.allclose(grad, other, rtol=1e-9, atol=1e-11)
+
+
+def test_rollouts_without_a_sampled_token_give_zeros_in_the_graph(model):
+    tensors = rollouts([[7, 8]], [[11, 12]], mask=[[0, 0]])
+    scores = score_packed(model, tensors, NEEDS, StepSettings())
+    assert scores.policy_logp.tolist() == [[0, 0]]
+    scores.policy_logp.sum().backward()
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
+
+
+def test_an_empty_action_gives_an_empty_divergence(model):
+    empty = torch.empty(0, 2, dtype=torch.long)
+    tensors = site([7, 8], [20, 7, 8], [11])
+    tensors |= {"sdpo_student_index": empty, "sdpo_teacher_index": empty}
+    scores = score_packed(model, tensors, NEEDS, StepSettings())
+    assert scores.divergence.shape == (0,)
+    assert scores.divergence.requires_grad
+
+
+def test_a_token_without_context_is_refused(model):
+    tensors = site([7], [7], [11])
+    tensors["sdpo_student_index"] = torch.tensor([[0, 0]])
+    with pytest.raises(DataError, match="first of its sequence"):
+        score_packed(model, tensors, NEEDS, StepSettings())
+
+
+def test_a_part_that_nobody_asked_for_is_not_scored(model):
+    tensors = BATCHES["rollouts beside a site of theirs"]
+    scores = score_packed(model, tensors, frozenset({"hint_sites"}), StepSettings())
+    assert scores.policy_logp is None
+    assert scores.divergence is not None
+
+
+def test_padding_on_either_side_changes_nothing(model):
+    plain = rollouts([[7, 8]], [[11, 12]])
+    padded = rollouts([[0, 0, 7, 8]], [[11, 12, 0]])
+    padded["prompt_mask"][:, :2] = 0
+    padded["completion_mask"][:, 2] = 0
+    one, other = (
+        score_packed(model, tensors, NEEDS, StepSettings()) for tensors in (plain, padded)
+    )
+    assert torch.equal(one.policy_logp, other.policy_logp[:, :2])
+    assert other.policy_logp[0, 2] == 0
+
+
+def test_a_tile_of_logits_keeps_to_its_budget():
+    head = OutputHead(torch.zeros(2**15, 4))
+    assert head_tile_rows(head, CPU, TreeOptions(head_tile_mib=2)) == 16
+    assert head_tile_rows(head, CPU, TreeOptions(head_tile_mib=1)) == 8
+    huge = OutputHead(torch.zeros(2**20, 1))
+    assert head_tile_rows(huge, CPU, TreeOptions(head_tile_mib=1)) == 1
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "head_tile_mib"])
+def test_a_budget_of_nothing_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{name} is 0"):
+        TreeOptions(**{name: 0})

@@ -1,0 +1,111 @@
+"""Models that a prefix tree does not reproduce are told apart before they train."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from composer_replication.step import packed_support
+from composer_replication.step.packed_support import why_not_packed
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "numerics"))
+import tiny_families
+
+# Some architectures warn about their own configuration.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+REFUSED = {
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "it has conv layers"),
+    "llama4_text": (
+        {
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 48,
+            "attention_chunk_size": 8,
+        },
+        "it has chunked_attention layers",
+    ),
+    "gpt_oss": (
+        {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+        "passes s_aux",
+    ),
+    # Biases by distance in the row, and attention of its own that no interface reaches.
+    "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, "away from those of separate forwards"),
+    "gpt_neo": (
+        {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4},
+        "away from those of separate forwards",
+    ),
+    "bloom": ({"n_layer": 2, "n_head": 4}, "its forward refuses a tree"),
+}
+
+
+def model_of(model_type, **settings):
+    config = transformers.AutoConfig.for_model(model_type, **(SIZES | settings))
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_attention_that_a_tree_does_not_reproduce_is_found(model_type):
+    settings, reason = REFUSED[model_type]
+    assert reason in why_not_packed(model_of(model_type, **settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", tiny_families.FAMILIES)
+def test_every_family_that_is_tested_packs(family, dtype):
+    assert why_not_packed(tiny_families.tiny_model(family, dtype=dtype)) is None
+
+
+@pytest.mark.parametrize("rate", ["attention_dropout", "resid_pdrop"])
+def test_dropout_is_a_reason_with_its_place_and_rate(rate):
+    family = "llama" if rate == "attention_dropout" else "gpt2"
+    reason = why_not_packed(tiny_families.tiny_model(family, **{rate: 0.25}))
+    assert "drops 25% of its values" in reason
+    assert "layers.0" in reason or "h.0" in reason
+
+
+def test_a_model_that_reads_images_is_not_packed():
+    model = tiny_families.tiny_model("llama")
+    model.config.vision_config = {}
+    assert "it reads images" in why_not_packed(model)
+
+
+def test_the_probe_changes_nothing_of_the_model():
+    model = tiny_families.tiny_model("qwen3", dtype=torch.float32)
+    state, random_state = model.config._attn_implementation, torch.get_rng_state()
+    ids = torch.arange(6, 26)[None]
+    before = model(input_ids=ids).logits
+    assert why_not_packed(model) is None
+    assert model.training
+    assert model.config._attn_implementation == state
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_tree_without_its_mask_is_caught_by_the_probe(monkeypatch):
+    class BlindKernel(packed_support.RectangleKernel):
+        """Every row sees all rows before it, of other branches too."""
+
+        def __init__(self, tree, device):
+            super().__init__(tree, device)
+            self._tree = packed_support.PrefixTree([tree.token_ids.numpy()])
+
+    monkeypatch.setattr(packed_support, "RectangleKernel", BlindKernel)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_families.tiny_model("llama", dtype=dtype)
+        assert "away from those of separate forwards" in why_not_packed(model)
