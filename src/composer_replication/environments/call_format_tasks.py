@@ -1,7 +1,7 @@
 """The requests of the call-format task: a few shown calls, and a request to answer in their form.
 
 Nothing is hidden: the demonstrations show the accepted form, and an untrained small model gets it
-right in about a third of its samples, so GRPO alone has something to reinforce.
+right in some of its samples, so GRPO alone has something to reinforce.
 """
 
 import json
