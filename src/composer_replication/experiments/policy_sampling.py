@@ -1,7 +1,7 @@
 """Actions of a model that is in memory, greedy or sampled, without a trainer."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -58,12 +58,13 @@ class PolicySampler:
             pad_token_id=pad,
             **(how if self.decoding == "sampled" else {"do_sample": False}),
         )
-        output = causal_lm(self.model).generate(
+        generate = cast(Callable[..., torch.Tensor], causal_lm(self.model).generate)
+        output = generate(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=settings,
         )
-        return [_until_end(row[width:], ends) for row in cast(torch.Tensor, output).tolist()]
+        return [_until_end(row[width:], ends) for row in output.tolist()]
 
 
 @contextlib.contextmanager

@@ -250,7 +250,7 @@ def certainty(t: Float[Tensor, "n K"], scale: float) -> Float[Tensor, " n"]:
     Source: our reading of the entropy-aware weights of SRPO, arXiv:2604.02288, which its abstract
     describes in words only.
     """
-    return torch.special.entr(t).sum(-1).div_(-scale).exp_()
+    return torch.xlogy(t, t).sum(-1).div_(scale).exp_()
 
 
 def _kl_terms_(

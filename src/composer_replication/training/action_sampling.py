@@ -32,6 +32,7 @@ def sample_actions(
     whole = trainer.generation_config
     trainer.generation_config = copy.deepcopy(whole)
     trainer.generation_config.max_new_tokens = max_new_tokens
+    whole_length = 0
     if trainer.use_vllm:
         # vLLM reads its limit here at every call.
         whole_length = trainer.vllm_generation.max_completion_length

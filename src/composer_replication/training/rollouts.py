@@ -263,7 +263,8 @@ def _count_failures(episodes: Sequence[Episode], trainer: GRPOTrainer) -> None:
         [kinds.count("timeout"), kinds.count("crash")], device=trainer.accelerator.device
     )
     counts = cast(torch.Tensor, trainer.accelerator.reduce(counts, "sum"))
-    metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    is_training = cast(torch.nn.Module, trainer.model).training
+    metrics = trainer._metrics["train" if is_training else "eval"]
     for name, count in zip(("timeouts", "crashes"), counts.tolist(), strict=True):
         metrics[f"rollouts/{name}"].append(count)
 
