@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from docstrings and docs/measurements.md from bench results.
+"""Write docs/configuration.md from docstrings, and the pages of figures from bench results.
 
 Also the table of planted flaws in docs/checks.md and that of the founding note in docs/planner.md,
 each between its two marks.
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from flaw_mutants import ERROR, load_flaws
+from performance_page import performance
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -279,6 +280,7 @@ def main() -> None:
     page.write_text(checks(page.read_text()))
     (ROOT / "docs" / "configuration.md").write_text(configuration())
     (ROOT / "docs" / "measurements.md").write_text(measurements())
+    (ROOT / "docs" / "performance.md").write_text(performance())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ if they differ); then the steps take turns, and medians are reported. Token ids 
 import argparse
 import json
 import os
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -365,7 +366,8 @@ def main() -> int:
     except ComposerError as error:
         print(error, file=sys.stderr)
         return 2
-    report = measure(args, loaded)
+    given = [word for word in sys.argv[1:] if word != "--json"]
+    report = {"command": shlex.join(["python", "bench/step.py", *given])} | measure(args, loaded)
     if args.json:
         print(json.dumps(report))
     else:

@@ -288,12 +288,17 @@ class TRLStep:
         return loss * len(part.rollouts) / self._num_rollouts
 
     def work(self, part: Workload) -> list[Forward]:
-        """On a CPU, TRL's head scores every position, prompts and padding too."""
-        rows = rollout_rows(part)
-        num_scored = sum(len(completion) for _, completion in rows)
-        if self._setting.device.type == "cpu":
-            num_scored = len(rows) * (max(map(_length, rows)) - 1)
-        return [padded_forward(map(_length, rows), head_rows=num_scored)]
+        """See `trl_forwards`."""
+        return trl_forwards(part, is_cpu=self._setting.device.type == "cpu")
+
+
+def trl_forwards(part: Workload, *, is_cpu: bool) -> list[Forward]:
+    """TRL's GRPO: on a CPU its head scores every position, prompts and padding too."""
+    rows = rollout_rows(part)
+    num_scored = sum(len(completion) for _, completion in rows)
+    if is_cpu:
+        num_scored = len(rows) * (max(map(_length, rows)) - 1)
+    return [padded_forward(map(_length, rows), head_rows=num_scored)]
 
 
 SIDES = ("chosen", "rejected")

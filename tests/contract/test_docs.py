@@ -48,6 +48,10 @@ def test_every_figure_of_the_measurements_page_comes_from_a_stored_result():
     assert (ROOT / "docs/measurements.md").read_text() == render_docs.measurements()
 
 
+def test_every_figure_of_the_performance_page_comes_from_a_stored_result():
+    assert (ROOT / "docs/performance.md").read_text() == render_docs.performance()
+
+
 def test_the_table_of_planted_flaws_is_what_the_stored_results_say():
     page = (ROOT / "docs/checks.md").read_text()
     assert page == render_docs.checks(page)

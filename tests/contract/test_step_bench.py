@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests" / "numerics")]
 bench = importlib.import_module("step")
 ours = importlib.import_module("step_ours")
+growth = importlib.import_module("step_growth")
 flops = importlib.import_module("step_flops")
 workloads = importlib.import_module("step_workload")
 families = importlib.import_module("tiny_families")
@@ -99,6 +100,19 @@ def test_counted_flops_are_those_that_torch_counts(tiny_folder):
     # Eager attention computes the whole square of the causal half.
     work = flops.Forward(rows * tokens, rows * tokens**2, rows * tokens)
     assert flops.model_size(model).flops([work]) == counter.get_total_flops()
+
+
+def test_stored_growth_is_what_the_code_counts():
+    spec = growth.MODELS[0]
+    model = growth.empty_model(spec)
+    workload = workloads.one_state(growth.BASE, workloads.Draw(model.config.vocab_size, 0))
+    work = growth.work_of(workload, model, is_live=True)
+    counted = {name: flops.model_size(model).flops(forwards) for name, forwards in work.items()}
+    stored = json.loads((ROOT / "bench/results/step_growth.json").read_text())[spec]
+    base = {"prefix": 1024, "rollouts": 4, "action": 64, "teacher": "live"}
+    row = next(row for row in stored if row | base == row)
+    ratios = {name: value / counted["ours"] for name, value in counted.items() if name != "ours"}
+    assert row["ratios"] == pytest.approx(ratios)
 
 
 def test_merged_prefixes_are_counted_once():

@@ -1,0 +1,170 @@
+"""docs/performance.md, written from what `bench/step.py` printed (`bench/results/step_*.json`)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+HEAD = """# Performance
+
+What one optimizer step of three channels costs, against what it costs otherwise. Written by
+`bench/render_docs.py` from `bench/results/step_*.json`, which `python bench/step_sweep.py` makes;
+one case by hand: `python bench/step.py --prefix 1024 --rollouts 4 --json`.
+
+- **ours**: the packed executor. All sequences of a step are merged by common prefix, go through the
+  model once, and rows that predict a scored token meet the output head once.
+- **naive**: a padded forward with full logits for each role: rollouts, student again, teacher
+  (without gradient), chosen, rejected.
+- **good**: the student's forward is shared by GRPO and SDPO, teacher and pairs have padded forwards
+  of their own, and scored rows alone go through TRL 1.16's chunked heads.
+- **grpo_trl**: GRPO alone, by TRL's own loss on the same rollouts. On a CPU its head scores every
+  position, prompts too.
+- **grpo_ours**: GRPO alone, packed.
+
+A step is forward and backward from cleared gradients. Loss and gradients were compared with the
+`separate` executor first. All steps of a case take turns in one process on the same random token
+ids; figures are medians. The machines are shared with other work, which stretches wall time by
+more or less from one minute to the next: read ratios within a row, not seconds between rows.
+*Processor* ratios are of processor seconds over all threads, which other work hardly moves. FLOPs
+count what each step computes, padding and full logits included; the last column is what the FLOPs
+alone allow.
+"""
+
+GROWTH = "growth"
+
+
+def performance() -> str:
+    """The page."""
+    reports = {
+        path.stem.removeprefix("step_"): json.loads(path.read_text())
+        for path in sorted(RESULTS.glob("step_*.json"))
+    }
+    growth = reports.pop(GROWTH)
+    timed = list(reports.values())
+    lines = [HEAD, *ratio_lines(timed), *memory_lines(timed), *whole_lines(timed)]
+    return "\n".join([*lines, *growth_lines(growth), *equality_lines(timed)]) + "\n"
+
+
+def table(before: list[str], heads: list[str], rows: list[str]) -> list[str]:
+    """A section with a table; nothing where no stored case has such figures."""
+    if not rows:
+        return []
+    return [*before, "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|", *rows, ""]
+
+
+def ratio_lines(reports: list[dict[str, Any]]) -> list[str]:
+    """How many times longer the others take."""
+    rows = []
+    for report in reports:
+        for step, ratio in report["ratios"].items():
+            limit = report["flops"][step] / report["flops"]["ours"]
+            max_rows = report["rows_per_forward"][step]
+            split = "" if max_rows is None else f" ({max_rows} rows in a forward)"
+            rows.append(
+                f"| {described(report)} | {step}{split} | {ratio:.2f} | "
+                f"{report['processor_ratios'][step]:.2f} | {limit:.2f} |"
+            )
+    machines = {f"{r['model']}, {r['machine']}, torch {r['torch']}" for r in reports}
+    before = [
+        "## Their step over ours",
+        "",
+        f"{'; '.join(sorted(machines))}. A step that did not fit in memory at once ran in the",
+        "largest micro-batches that did.",
+    ]
+    return table(before, ["workload", "step", "wall", "processor", "FLOPs allow"], rows)
+
+
+def described(report: dict[str, Any]) -> str:
+    """The workload in words."""
+    load = report["workload"]
+    parts = [load["kind"], f"P = {load['prefix']}, G = {load['rollouts']}", f"b = {load['action']}"]
+    if load["kind"] == "trajectories":
+        parts.append(f"{load['turns']} turns")
+    parts += [f"{load['pairs']} pairs", f"teacher {load['teacher']}", load["precision"]]
+    return ", ".join(parts)
+
+
+def memory_lines(reports: list[dict[str, Any]]) -> list[str]:
+    """Peaks of the cases whose baselines fit at once."""
+    rows = [
+        f"| {described(report)} | {step} | {report['peak_above_model_gib'][step]:.2f} | "
+        f"{report['peak_tensor_gib'][step]:.2f} | {report['peak_above_model_gib']['ours']:.2f} | "
+        f"{report['peak_tensor_gib']['ours']:.2f} |"
+        for report in reports
+        for step in report["ratios"]
+        if report["rows_per_forward"][step] is None
+    ]
+    before = [
+        "## Memory",
+        "",
+        "GiB at the peak above the loaded model, gradients included: what the operating system",
+        "saw, and what tensors alone took.",
+    ]
+    heads = ["workload", "step", "system", "tensors", "ours, system", "ours, tensors"]
+    return table(before, heads, rows)
+
+
+def growth_lines(growth: dict[str, Any]) -> list[str]:
+    """Counted cost by prefix, rollouts and action length."""
+    lines = [
+        "## How cost grows: counted",
+        "",
+        "FLOPs of the others over ours, by `python bench/step_growth.py --json`; nothing runs,",
+        "and shapes are public configurations. P tokens of state, G rollouts, actions of b tokens,",
+        "hint 48, one site, one pair. `trajectories`: 8 turns that share a prompt of P tokens,",
+        "each episode with a site and a pair at mid-trace. TRL as on CUDA, where its head",
+        "scores completions alone. The last columns are with an EMA teacher, which walks a tree of",
+        "its own.",
+    ]
+    for spec, rows in growth.items():
+        lines += [
+            "",
+            f"### {spec}",
+            "",
+            "| grows | P | G | b | tokens, good | ours | TFLOP, ours | naive | good | grpo_trl "
+            "| grpo_ours | EMA: naive | grpo_trl |",
+            "| --- " * 13 + "|",
+        ]
+        for row, ema in zip(rows[::2], rows[1::2], strict=True):
+            cells = [row["what"], row["prefix"], row["rollouts"], row["action"]]
+            cells += [row["tokens"]["good"], row["tokens"]["ours"], f"{row['tflops_ours']:.2f}"]
+            cells += [f"{ratio:.2f}" for ratio in row["ratios"].values()]
+            cells += [f"{ema['ratios'][name]:.2f}" for name in ("naive", "grpo_trl")]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [*lines, ""]
+
+
+def whole_lines(reports: list[dict[str, Any]]) -> list[str]:
+    """The share of a whole training step."""
+    rows = [
+        f"| {described(report)} | {report['whole_step']['rollout_s']:.1f} | "
+        f"{report['whole_step']['optimizer_s']:.1f} | {step} | {report['step_s'][step]:.1f} | "
+        f"{report['step_s']['ours']:.1f} | {share:.0%} |"
+        for report in reports
+        if "whole_step" in report
+        for step, share in report["whole_step"]["saved_share"].items()
+    ]
+    before = [
+        "## Of a whole training step",
+        "",
+        "Sampling the rollouts with transformers' own generation, the step, and AdamW.",
+    ]
+    heads = ["workload", "sampling s", "optimizer s", "instead of", "step s", "ours s", "saved"]
+    return table(before, heads, rows)
+
+
+def equality_lines(reports: list[dict[str, Any]]) -> list[str]:
+    """How exact ours is, and each case's command."""
+    rows = [
+        f"| {report['repeats']} | {report['loss_error']:.1e} | "
+        f"{report['grad_error_vs_separate']:.1e} | `{report['command']}` |"
+        for report in reports
+    ]
+    before = [
+        "## Equality, and the command of each case",
+        "",
+        "Errors of ours against the `separate` executor: of the loss, relative to the sum of",
+        "absolute row losses, and of the gradient, the largest over the parameters.",
+    ]
+    return table(before, ["rounds", "loss", "gradient", "command"], rows)

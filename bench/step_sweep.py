@@ -1,0 +1,56 @@
+"""Run the cases of docs/performance.md, each in a process of its own, and store what they print.
+
+    python bench/step_sweep.py               # all of them; hours on a CPU
+    python bench/step_sweep.py one_state_naive disjoint
+
+Every case takes turns with ours in one process, so its ratios hold whatever the machine does beside
+it; figures of different cases are not compared with each other.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parent
+
+SMALL = "--prefix 256 --action 32 --hint 24 --repeats 1"
+"""What a busy CPU measures in minutes."""
+
+CASES = {
+    "small_naive": f"{SMALL} --variants naive ours",
+    "small_peers": f"{SMALL} --variants good grpo_trl grpo_ours ours",
+    "small_ema": f"{SMALL} --teacher ema --variants good grpo_trl grpo_ours ours",
+    "small_whole": f"{SMALL} --variants good ours --whole-step",
+    "one_state": "--prefix 1024 --whole-step",
+    "one_state_ema": "--prefix 1024 --teacher ema --variants grpo_trl grpo_ours ours",
+    "large": "--prefix 2048 --rollouts 8 --variants naive ours --repeats 1",
+    "trajectories": "--trajectories --prefix 256 --action 16 --hint 24 --variants naive good ours",
+    "disjoint": "--disjoint --prefix 256 --action 32 --pairs 0 --variants good ours",
+    "bf16": "--precision bf16 --prefix 256 --action 32 --hint 24 --variants naive good ours",
+}
+
+
+def main() -> int:
+    """Exit 1 if a case failed; the others are stored."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    names = parser.parse_args().cases or list(CASES)
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        parser.error(f"there is no case {unknown[0]!r}; the cases are {', '.join(CASES)}")
+    failed = 0
+    for name in names:
+        command = [sys.executable, str(BENCH / "step.py"), "--json", *CASES[name].split()]
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            failed += 1
+            continue
+        path = BENCH / "results" / f"step_{name}.json"
+        path.write_text(json.dumps(json.loads(done.stdout), indent=1) + "\n")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
