@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from composer_replication.config.loading import load_config
 from composer_replication.config.run_config import RunConfig
-from composer_replication.planner.hardware import GPUS
+from composer_replication.planner.hardware import GPUS, parse_gpu
 from composer_replication.planner.local_machine import LocalCard, LocalMachine
 from composer_replication.planner.plan import PlanRequest, make_plan
 from composer_replication.planner.prices import shipped_prices
@@ -29,6 +29,8 @@ FLAWS_BEGIN = "<!-- flaws: written by bench/render_docs.py -->"
 FLAWS_END = "<!-- flaws: end -->"
 NOTE_BEGIN = "<!-- note: written by bench/render_docs.py -->"
 NOTE_END = "<!-- note: end -->"
+SHIPPED_BEGIN = "<!-- shipped: written by bench/render_docs.py -->"
+SHIPPED_END = "<!-- shipped: end -->"
 
 
 def section_class(field: FieldInfo) -> type[BaseModel] | None:
@@ -265,11 +267,33 @@ def note_lines() -> list[str]:
     return ["", *rows, "", f"Why: {plan.decision.reason} Prices of {plan.prices_as_of}.", ""]
 
 
+def shipped_lines() -> list[str]:
+    """GiB of the shipped smoke on an L4, packed or not, with gradient checkpointing or not."""
+    machine = LocalMachine((), 16, frozenset({"avx2"}), 64.0)
+    prices = shipped_prices()
+    rows = ["| tree | gradient checkpointing | GiB | fits 22.0 |", "| --- | --- | --- | --- |"]
+    for tree in ("auto", "off"):
+        for checkpoints in ("true", "false"):
+            options = [f"tree={tree}", f"grpo.gradient_checkpointing={checkpoints}"]
+            config = load_config(ROOT / "configs" / "smoke_qwen2.5_0.5b.toml", options)
+            request = PlanRequest(config, on="modal", gpu=parse_gpu("L4"))
+            plan = make_plan(request, machine, prices=prices, today=prices.as_of)
+            (one,) = plan.candidates
+            fits = "yes" if one.fits else "no"
+            rows.append(f"| {tree} | {checkpoints} | {one.memory.peak_gib:.1f} | {fits} |")
+    return ["", *rows, ""]
+
+
 def planner(page: str) -> str:
-    """docs/planner.md with the founding note's table."""
-    before, rest = page.split(NOTE_BEGIN)
-    _, after = rest.split(NOTE_END)
-    return before + "\n".join([NOTE_BEGIN, *note_lines(), NOTE_END]) + after
+    """docs/planner.md with the table of the founding note and that of the shipped smoke."""
+    for begin, lines, end in (
+        (NOTE_BEGIN, note_lines(), NOTE_END),
+        (SHIPPED_BEGIN, shipped_lines(), SHIPPED_END),
+    ):
+        before, rest = page.split(begin)
+        _, after = rest.split(end)
+        page = before + "\n".join([begin, *lines, end]) + after
+    return page
 
 
 def main() -> None:

@@ -35,6 +35,8 @@ class Measured:
     total_s: float | None
     bare_step_s: float
     """Expected without calibration."""
+    phases_s: dict[str, float]
+    """Seconds of each phase that was timed."""
 
     @property
     def step_ratio(self) -> float:
@@ -70,6 +72,17 @@ def factor_from(runs: list[Measured], *, device: str, model: str) -> float | Non
     return statistics.median(ratios) if ratios else None
 
 
+def phases_from(runs: list[Measured], *, device: str, model: str) -> dict[str, float]:
+    """Median seconds of each phase of runs of that model on that device."""
+    same = [run for run in runs if device_key(run.device) == device and run.model == model]
+    recent = [run.phases_s for run in same[-_KEPT_RUNS:]]
+    names = {name for phases in recent for name in phases}
+    return {
+        name: statistics.median(phases[name] for phases in recent if name in phases)
+        for name in sorted(names)
+    }
+
+
 def calibrated(step_s: Range, factor: float) -> Range:
     """The range around what was measured."""
     expected = step_s.expected * factor
@@ -103,6 +116,7 @@ def _read(path: Path) -> tuple[float, Measured] | None:
             predicted_wall_s=planned["wall_s"],
             total_s=summary["total_s"],
             bare_step_s=planned["bare_step_s"],
+            phases_s={name: s for name, s in summary["phases_s"].items() if s is not None},
         )
     except (OSError, ValueError, KeyError, TypeError):
         # A run that is going on, was killed, or comes from a version without plans.

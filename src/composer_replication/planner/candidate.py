@@ -1,5 +1,6 @@
 """`Candidate`: one place to run, with the memory, the seconds and the dollars of the run there."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from composer_replication.config.execution_sections import ModalConfig
@@ -86,6 +87,7 @@ def make_candidate(
     *,
     predictor: Predictor = predict,
     factor: float | None = None,
+    measured_s: Mapping[str, float] | None = None,
 ) -> Candidate:
     """The run in that place.
 
@@ -96,6 +98,7 @@ def make_candidate(
         prices: of a remote run.
         predictor: of a step's memory.
         factor: measured seconds over predicted ones on this device; None: not known.
+        measured_s: seconds of phases that earlier runs of this model took there.
     """
     speed = place.speed if place.gpu is None else gpu_speed(place.gpu, shape.case)
     assert speed is not None, "a CPU place knows its speed"
@@ -107,7 +110,7 @@ def make_candidate(
         seconds = {name: term.times(factor) for name, term in seconds.items()}
         step_s = calibrated(bare, factor)
     weights = weights_gib(shape.case)
-    clock = wall_clock(shape, step_s, weights, where=place.where)
+    clock = wall_clock(shape, step_s, weights, where=place.where, measured_s=measured_s or {})
     limit_s = modal.timeout_s or _timeout(shape, clock)
 
     def bill(seconds: float) -> Cost:

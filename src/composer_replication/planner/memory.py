@@ -113,6 +113,10 @@ def _optimizer_bytes(case: StepCase, shape: ModelShape, trained: int) -> int:
         return 2 * trained
     if case.optimizer == "sgd":
         return 0
+    if case.optimizer == "adamw_8bit":
+        # Two moments of one byte, and an fp32 scale for every 256 of them.
+        size = FP32 if case.lora_r is not None else Precision.of(case).weights
+        return round(2 * (1 + FP32 / 256) * trained / size)
     return _adafactor_bytes(case, shape)
 
 

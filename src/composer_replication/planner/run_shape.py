@@ -28,7 +28,8 @@ _TRL_EPOCHS = 3.0
 _OPTIMIZERS: dict[str, OptimizerName] = {
     "adamw_torch_fused": "adamw_torch_fused",
     "adamw_torch": "adamw_torch",
-    "adamw_hf": "adamw_torch",
+    "adamw_8bit": "adamw_8bit",
+    "adamw_bnb_8bit": "adamw_8bit",
     "sgd": "sgd",
     "adafactor": "adafactor",
 }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 TeacherKind = Literal["live", "ema", "frozen"]
-OptimizerName = Literal["adamw_torch_fused", "adamw_torch", "sgd", "adafactor"]
+OptimizerName = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "sgd", "adafactor"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """From seconds of a step to seconds of a run: start, download, load, steps, checks, save."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,9 @@ _DOWNLOAD_BYTES_PER_S = (200e6, 60e6, 20e6)
 
 _READ_BYTES_PER_S = (1.5e9, 400e6, 60e6)
 _GIB = 2**30
+_MEASURED_SPREAD = (0.7, 1.0, 1.5)
+"""Around what earlier runs took: a cache may be warm, or a disk busy."""
+
 _SMOKE_MIN_STEPS = 8
 _SMOKE_CHECK_STEPS = 8
 """A smoke's checks, extra steps and resumed run take about as long as so many steps."""
@@ -48,7 +52,14 @@ class WallClock:
         return sum(self.phases_s[name].expected for name in ("cold_start", "download", "load"))
 
 
-def wall_clock(shape: RunShape, step_s: Range, weights_gib: float, *, where: Where) -> WallClock:
+def wall_clock(
+    shape: RunShape,
+    step_s: Range,
+    weights_gib: float,
+    *,
+    where: Where,
+    measured_s: Mapping[str, float],
+) -> WallClock:
     """The phases of a run.
 
     Args:
@@ -57,6 +68,7 @@ def wall_clock(shape: RunShape, step_s: Range, weights_gib: float, *, where: Whe
         weights_gib: read at the start and written at the end.
         where: on this machine, which has the weights already, or in a container that has to start
             and, in the first run, to download them in half precision.
+        measured_s: of phases that runs of this model on this device took; they replace guesses.
     """
     num_bytes = weights_gib * _GIB
     steps = step_s.times(num_steps(shape, step_s))
@@ -64,15 +76,17 @@ def wall_clock(shape: RunShape, step_s: Range, weights_gib: float, *, where: Whe
         steps = steps.plus(step_s.times(_SMOKE_CHECK_STEPS))
     half_bytes = BF16 * model_shape(shape.case.model).num_parameters
     download = _over(half_bytes, _DOWNLOAD_BYTES_PER_S)
-    return WallClock(
-        {
-            "cold_start": _START[where],
-            "download": download if where == "modal" else Range(0.0, 0.0, 0.0),
-            "load": _over(num_bytes, _READ_BYTES_PER_S).plus(_IMPORTS[where]),
-            "step": steps,
-            "save": _over(num_bytes, _READ_BYTES_PER_S).plus(Range(0.2, 1.0, 5.0)),
-        }
-    )
+    phases = {
+        "cold_start": _START[where],
+        "download": download if where == "modal" else Range(0.0, 0.0, 0.0),
+        "load": _over(num_bytes, _READ_BYTES_PER_S).plus(_IMPORTS[where]),
+        "step": steps,
+        "save": _over(num_bytes, _READ_BYTES_PER_S).plus(Range(0.2, 1.0, 5.0)),
+    }
+    for name in ("cold_start", "download", "load", "save"):
+        if name in measured_s:
+            phases[name] = Range(*(share * measured_s[name] for share in _MEASURED_SPREAD))
+    return WallClock(phases)
 
 
 def num_steps(shape: RunShape, step_s: Range) -> int:

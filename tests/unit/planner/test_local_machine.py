@@ -8,6 +8,7 @@ from composer_replication.planner.calibration import (
     device_key,
     factor_from,
     measured_runs,
+    phases_from,
 )
 from composer_replication.planner.local_machine import LocalCard, parse_cards, visible_cards
 from composer_replication.planner.throughput import Range
@@ -81,6 +82,7 @@ def written_run(folder, ratio, device="NVIDIA L4", model="m", **summary):
         "wall_s": 100.0,
     }
     ended = {"status": "passed", "median_step_s": 2.0 * ratio, "peak_tensor_gib": 5.1}
+    ended |= {"phases_s": {"load": 10.0 * ratio, "download": None}}
     (folder / "planned.json").write_text(json.dumps(planned))
     (folder / "summary.json").write_text(json.dumps(ended | {"total_s": 90.0} | summary))
 
@@ -103,6 +105,15 @@ def test_runs_of_the_same_model_count_before_others(tmp_path):
     written_run(tmp_path / "a", 1.5, model="mine")
     written_run(tmp_path / "b", 3.0, model="other")
     assert factor_from(measured_runs(tmp_path), device="L4", model="mine") == pytest.approx(1.5)
+
+
+def test_phases_of_the_same_model_on_the_device_replace_guesses(tmp_path):
+    written_run(tmp_path / "a", 1.0, model="mine")
+    written_run(tmp_path / "b", 3.0, model="mine")
+    written_run(tmp_path / "c", 9.0, model="other")
+    runs = measured_runs(tmp_path)
+    assert phases_from(runs, device="L4", model="mine") == {"load": 20.0}
+    assert phases_from(runs, device="H100", model="mine") == {}
 
 
 def test_a_calibrated_range_is_fifteen_percent_wide():

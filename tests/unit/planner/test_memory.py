@@ -87,6 +87,23 @@ def test_what_stays_is_weights_moments_teacher_and_gradients_that_accumulate():
     assert accumulating["teacher"] == 0
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_a_parameter"),
+    [("adamw_torch_fused", 8), ("adamw_torch", 8), ("adamw_8bit", 2 + 8 / 256), ("sgd", 0)],
+)
+def test_moments_are_those_of_the_optimizer(optimizer, bytes_a_parameter):
+    parts = persistent_bytes(replace(NOTE, optimizer=optimizer))
+    assert parts["optimizer"] == pytest.approx(bytes_a_parameter * 494_032_768)
+
+
+def test_adafactor_keeps_a_row_and_a_column_of_each_matrix():
+    case = StepCase(SMALL, num_rollouts=1, prompt_tokens=4, completion_tokens=4)
+    hidden, q, kv, inner = 64, 64, 32, 160
+    matrices = (hidden + q) + 2 * (hidden + kv) + (q + hidden) + 3 * (hidden + inner)
+    by_hand = 4 * (3 * (matrices + 2 * hidden) + 1000 + hidden + hidden)
+    assert persistent_bytes(replace(case, optimizer="adafactor"))["optimizer"] == by_hand
+
+
 def test_an_adapter_of_7b_takes_its_base_in_bf16_and_little_else():
     case = StepCase(
         SEVEN_B,

@@ -57,7 +57,7 @@ def test_where_nothing_fits_the_miss_and_a_way_out_are_named(planned, machine):
 
 
 def test_the_change_that_is_named_does_let_it_fit(planned, machine):
-    options = ["model=shape:qwen2.5-0.5b", "smoke.max_shape_tokens=1024"]
+    options = ["model=shape:qwen2.5-0.5b", "smoke.max_shape_tokens=1024", "tree=off"]
     options += ["batch.max_context_tokens=1024", "grpo.per_device_train_batch_size=2"]
     config = load_config(None, options)
     plan = planned(config, machine(), on="modal", gpu=parse_gpu("L4"))
@@ -65,6 +65,19 @@ def test_the_change_that_is_named_does_let_it_fit(planned, machine):
     assert "grpo.gradient_checkpointing = true" in plan.cheaper_fit
     changed = load_config(None, [*options, "grpo.gradient_checkpointing=true"])
     assert planned(changed, machine(), on="modal", gpu=parse_gpu("L4")).exit_code == 0
+
+
+def test_a_run_is_planned_with_the_executor_that_it_takes(planned, machine):
+    options = ["model=shape:qwen2.5-0.5b", "smoke.max_shape_tokens=1024"]
+
+    def executor(*more):
+        plan = planned(load_config(None, [*options, *more]), machine(), on="modal")
+        return plan.candidates[0].shape.case.executor
+
+    assert executor() == "packed"
+    assert executor("tree=off") == "separate"
+    # Without an extra channel the step is TRL's own.
+    assert executor("alpha_sdpo=0", "beta_replay=0") == "separate"
 
 
 def test_several_cards_are_looked_at_only_where_one_is_not_enough(planned, machine):
@@ -157,7 +170,7 @@ def test_solve_takes_any_whole_number_of_the_file(capsys):
         (["--set", "model=shape:qwen2.5-8b"], "is not a shape that this package ships"),
         (["--set", "model=nowhere"], "'nowhere' is no model"),
         (["--set", "data=/nowhere"], "has no prompts.jsonl"),
-        (["--set", "grpo.optim=adamw_8bit"], "whose memory is not known"),
+        (["--set", "grpo.optim=lion_32bit"], "whose memory is not known"),
     ],
 )
 def test_bad_input_is_told_with_exit_code_2(capsys, options, text):
