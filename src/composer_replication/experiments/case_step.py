@@ -42,7 +42,8 @@ def case_tensors(case: StepCase) -> StepTensors:
     tensors: StepTensors = {}
     if case.num_rollouts:
         # The rollouts of a group share their prompt.
-        prompt_ids = ids(1, case.prompt_tokens).repeat(case.num_rollouts, 1)
+        groups = torch.arange(case.num_rollouts) * case.num_prompts // case.num_rollouts
+        prompt_ids = ids(case.num_prompts, case.prompt_tokens)[groups]
         completion_ids = ids(case.num_rollouts, case.completion_tokens)
         tensors |= {
             "prompt_ids": prompt_ids,
@@ -145,7 +146,8 @@ class CaseStep:
 
     def loss(self) -> Tensor:
         """The sum of every channel's loss, its graph included."""
-        open_teacher = None if self.teacher is None else self.teacher.open
+        is_riding = self.case.executor == "packed" and self.case.teacher == "live"
+        open_teacher = None if self.teacher is None or is_riding else self.teacher.open
         sums = channel_sums(
             self.policy,
             self.tensors,

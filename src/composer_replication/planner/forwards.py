@@ -14,6 +14,9 @@ class Forward:
     is_divergence: bool = False
     num_teacher_tokens: int = 0
     """Of the teacher's forward that goes before it."""
+    tree_parts: tuple[tuple[int, bool], ...] = ()
+    """Of a tree: the scored rows of rollouts, hint sites, chosen and rejected actions in their
+    order, and whether each is compared with a teacher."""
 
 
 def forwards_of(case: StepCase) -> list[Forward]:
@@ -53,6 +56,11 @@ def _tree_forward(case: StepCase) -> Forward:
         tokens += teacher_rows
     else:
         teacher_tokens = case.num_sites * case.state_tokens + teacher_rows
-    scored = case.num_rollouts * case.completion_tokens + case.num_sites * case.action_tokens
-    scored += 2 * case.num_pairs * case.pair_action_tokens
-    return Forward(tokens, scored, case.num_sites > 0, teacher_tokens)
+    parts = (
+        (case.num_rollouts * case.completion_tokens, False),
+        (case.num_sites * case.action_tokens, True),
+        (case.num_pairs * case.pair_action_tokens, False),
+        (case.num_pairs * case.pair_action_tokens, False),
+    )
+    scored = sum(rows for rows, _ in parts)
+    return Forward(tokens, scored, case.num_sites > 0, teacher_tokens, parts)

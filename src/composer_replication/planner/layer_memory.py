@@ -75,6 +75,9 @@ def layer_memory(case: StepCase) -> LayerMemory:
             else shape.layer_linear_parameters
         )
         copies = BF16 * trained
+        if is_adapter and precision.weights == FP32:
+            # A frozen matrix passes its input's gradient on, so its cast is kept too.
+            copies += BF16 * shape.layer_linear_parameters
     hidden, inner = shape.hidden, shape.intermediate
     last_norm = FP32 * hidden + (0 if is_adapter else stream * hidden)
     return LayerMemory(
