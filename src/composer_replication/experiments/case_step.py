@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from composer_replication.batch.collate import StepTensors
 from composer_replication.errors import ConfigError
 from composer_replication.losses.head import CPU_TILE_ROWS, GPU_TILE_ROWS
-from composer_replication.planner.step_case import OptimizerName, StepCase
+from composer_replication.planner.step_case import StepCase
 from composer_replication.step.optimizer_step import channel_sums
 from composer_replication.step.packed import score_packed
 from composer_replication.step.scores import Executor
@@ -113,7 +113,7 @@ class CaseStep:
             )
         self.policy.train()
         trained = [weight for weight in self.policy.parameters() if weight.requires_grad]
-        self.optimizer = _optimizer(case.optimizer, trained)
+        self.optimizer = _optimizer(case, trained)
         for weight in trained:
             weight.grad = torch.zeros_like(weight)
         self.optimizer.step()
@@ -250,7 +250,8 @@ def _config(settings: Mapping[str, object]) -> PreTrainedConfig:
     return AutoConfig.for_model(cast(str, values.pop("model_type")), **values)
 
 
-def _optimizer(name: OptimizerName, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(case: StepCase, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    name = case.optimizer
     if name not in ("adamw_torch_fused", "adamw_torch", "sgd", "adafactor"):
         raise ConfigError(
             f"grpo.optim is {name!r}, whose kernels need its device, so its step cannot be "
@@ -262,4 +263,7 @@ def _optimizer(name: OptimizerName, weights: list[nn.Parameter]) -> torch.optim.
         from transformers.optimization import Adafactor
 
         return Adafactor(weights, lr=1e-6, scale_parameter=False, relative_step=False)
-    return torch.optim.AdamW(weights, lr=1e-6, fused=name == "adamw_torch_fused")
+    if name == "adamw_torch_fused":
+        return torch.optim.AdamW(weights, lr=1e-6, fused=True)
+    # torch's own choice: all weights at once on CUDA.
+    return torch.optim.AdamW(weights, lr=1e-6, foreach=case.device_type == "cuda")

@@ -44,7 +44,9 @@ class LayerMemory:
     saved_per_token: int
     """Kept by one layer for its backward."""
     weight_copies: int
-    """bf16 copies that one layer's graph keeps, whatever the tokens."""
+    """bf16 copies of trained weights that one layer's graph keeps; autocast keeps them too."""
+    frozen_copies: int
+    """Of frozen ones, which pass their input's gradient on; autocast forgets them."""
     input_per_token: int
     """A layer's input: all that gradient checkpointing keeps."""
     working_per_token: int
@@ -55,6 +57,11 @@ class LayerMemory:
     """Kept once a forward: the last norm, cosines and sines."""
     output_per_token: int
     """The hidden states that leave the model."""
+
+    @property
+    def graph_copies(self) -> int:
+        """All that one layer's graph keeps of weights."""
+        return self.weight_copies + self.frozen_copies
 
 
 def layer_memory(case: StepCase) -> LayerMemory:
@@ -75,14 +82,13 @@ def layer_memory(case: StepCase) -> LayerMemory:
             else shape.layer_linear_parameters
         )
         copies = BF16 * trained
-        if is_adapter and precision.weights == FP32:
-            # A frozen matrix passes its input's gradient on, so its cast is kept too.
-            copies += BF16 * shape.layer_linear_parameters
+    casts_frozen = is_adapter and case.autocasts and precision.weights == FP32
     hidden, inner = shape.hidden, shape.intermediate
     last_norm = FP32 * hidden + (0 if is_adapter else stream * hidden)
     return LayerMemory(
         saved_per_token=kept,
         weight_copies=copies,
+        frozen_copies=BF16 * shape.layer_linear_parameters if casts_frozen else 0,
         input_per_token=stream * hidden,
         working_per_token=2 * compute * inner + stream * hidden,
         forward_per_token=3 * compute * inner + 3 * stream * hidden,

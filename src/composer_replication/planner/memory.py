@@ -165,7 +165,7 @@ def graph_bytes(case: StepCase, shape: ModelShape, layer: LayerMemory, forward: 
     per_layer = (
         layer.input_per_token * tokens
         if case.checkpoints
-        else layer.saved_per_token * tokens + layer.weight_copies
+        else layer.saved_per_token * tokens + layer.graph_copies
     )
     return layers * per_layer + layer.ends_per_token * tokens
 
@@ -183,7 +183,8 @@ def _teacher_forward(
 
 def _forward_peak(case: StepCase, shape: ModelShape, layer: LayerMemory, forward: Forward) -> int:
     """Beside the graph: the cast head, and under checkpointing a layer and all cast weights."""
-    head = BF16 * shape.head_parameters if case.autocasts and case.lora_r is None else 0
+    casts_head = case.autocasts and Precision.of(case).weights == FP32
+    head = BF16 * shape.head_parameters if casts_head else 0
     if not case.checkpoints:
         return head
     return (
@@ -213,10 +214,12 @@ def _walk_back(
         yield "backward", held + waiting + head.backward_bytes(forward)
         held -= head.saved_bytes(forward)
         is_first = forward is forwards[-1] and waiting == 0
-        new_head = grads.head // num_shards if is_first and waits else 0
+        # A tied head's gradient waits for the embedding's in any case.
+        head_waits = is_first and (waits or shape.is_tied)
+        new_head = grads.head // num_shards if head_waits else 0
         new_layers = grads.layers // num_shards if is_first and waits else 0
         graph, ends = graph_bytes(case, shape, layer, forward), layer.ends_per_token * tokens
-        again = layer.saved_per_token * tokens + layer.weight_copies if case.checkpoints else 0
+        again = layer.saved_per_token * tokens + layer.graph_copies if case.checkpoints else 0
         working = layer.working_per_token * tokens + grads.matrix + again
         stream = layer.output_per_token * tokens
         # The top: everything is kept, and the last norm or the last layer works.
@@ -258,7 +261,9 @@ def _optimizer_peak(case: StepCase, shape: ModelShape) -> int:
     """What the update of the weights takes beside gradients and moments."""
     trained = trained_bytes(case)
     if case.optimizer == "adamw_torch":
-        return trained
+        # On CUDA every weight is updated at once, on a CPU one after another.
+        one = 2 * Precision.of(case).weights * shape.largest_matrix
+        return trained if case.device_type == "cuda" else min(one, trained)
     if case.optimizer == "adafactor" and case.lora_r is None:
         return 2 * FP32 * shape.largest_matrix
     return 0
