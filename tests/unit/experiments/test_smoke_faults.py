@@ -269,8 +269,9 @@ def test_a_loss_that_draws_random_numbers_is_found(judge, monkeypatch):
 # ---- packed_parity --------------------------------------------------------------------------
 
 
-def test_a_packed_forward_that_reads_another_row_is_found(judge, monkeypatch):
-    plant(monkeypatch, packed, "score_packed", "rows[name],", "rows[name].roll(1),")
+def test_a_packed_forward_at_another_temperature_is_found(judge, monkeypatch):
+    old = '"rollouts": settings.grpo.temperature'
+    plant(monkeypatch, packed, "score_packed", old, '"rollouts": 2.0')
     monkeypatch.setattr(packing, "score_packed", packed.score_packed)
     causes = failed(judge("tree=auto"), "packed_parity")
     assert "of their norm" in causes["packed_parity"]

@@ -41,8 +41,7 @@ CASES = {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
     },
-    # Credit is scored by separate forwards; half precision rounds a packed one in another way.
-    "bf16": {"bf16": True, "tree": "off"},
+    "bf16": {"bf16": True},
     "lora": {"peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)},
     "other options": {
         "sdpo_beta": 1.0,
@@ -55,6 +54,12 @@ CASES = {
         "dpo_label_smoothing": 0.1,
     },
 }
+
+
+@pytest.fixture
+def build(build):
+    """Credit is scored by separate forwards, and held against losses that they gave."""
+    return lambda **changes: build(**({"tree": "off"} | changes))
 
 
 def credit_of(tmp_path, step):
