@@ -74,6 +74,10 @@ class TrainingError(ComposerError, RuntimeError):
     """A step that cannot train: a loss that is not finite, or a channel without data."""
 
 
+class LaunchError(ComposerError, RuntimeError):
+    """A run that could not be started elsewhere, or did not come back from there."""
+
+
 class CheckpointError(ComposerError, RuntimeError):
     """A checkpoint that could not be written; those before it are whole."""
 

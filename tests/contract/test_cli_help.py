@@ -18,6 +18,7 @@ verbs:
   plan     where to run it: memory, time and dollars in each place, before anything runs
   train    the run that a configuration file describes
   sweep    many runs of one configuration, side by side, and their ranked table
+  runs     launched jobs: list, logs, cancel, fetch, resume
   report   what finished runs say: predicted against measured, or two side by side
   doctor   what this machine can run, and what is missing
 
@@ -34,6 +35,8 @@ Each verb has its own help: composer-replication VERB --help
 SMOKE_HELP = """\
 usage: composer-replication smoke [-h] [--model M] [--data DIR] [--steps N] [--fixed-shapes B,T]
                                   [--set KEY=VALUE] [--out DIR] [--resume] [--json] [--on WHERE]
+                                  [--gpu NAME[:N]] [--budget USD] [--yes] [--dry-run] [--detach]
+                                  [--hub-secret NAME] [--ledger FILE]
                                   [CONFIG.toml]
 
 Runs the three channels end to end and reports memory, step time and every check.
@@ -51,7 +54,14 @@ options:
   --out DIR           run directory; default runs/<name>, numbered where that is taken
   --resume            go on in the run directory of --out, or in the latest of this name
   --json              print the summary as one JSON object on stdout, all else on stderr
-  --on WHERE          local: in a process of its own, one for each card
+  --on WHERE          local: in a process of its own; modal: on a rented card
+  --gpu NAME[:N]      on modal: this card, such as L4 or H100!:2; default: the plan's
+  --budget USD        on modal: cap on the worst case, and the run's deadline
+  --yes               on modal: spend without asking
+  --dry-run           on modal: print what would be created; sends nothing
+  --detach            on modal: start it and return
+  --hub-secret NAME   on modal: secret there that holds HF_TOKEN
+  --ledger FILE       on modal: accounts of jobs that share --budget
 
 Writes runs/<name>/: config.toml, metrics.jsonl, summary.json, rollouts/. --resume runs it again
 in the same folder. Where a key is given twice, options win over --set, and --set over the file.
@@ -66,7 +76,8 @@ exit codes: 0 every check passed, 1 a check or the run failed, 2 your input, 130
 
 TRAIN_HELP = """\
 usage: composer-replication train [-h] [--set KEY=VALUE] [--out DIR] [--resume] [--json]
-                                  [--on WHERE]
+                                  [--on WHERE] [--gpu NAME[:N]] [--budget USD] [--yes] [--dry-run]
+                                  [--detach] [--hub-secret NAME] [--ledger FILE]
                                   CONFIG.toml
 
 Trains the model that CONFIG.toml describes and saves it.
@@ -75,12 +86,19 @@ positional arguments:
   CONFIG.toml
 
 options:
-  -h, --help       show this help message and exit
-  --set KEY=VALUE  set one key, such as sdpo.top_k=20; may be repeated
-  --out DIR        run directory; default runs/<name>, numbered where that is taken
-  --resume         go on in the run directory of --out, or in the latest of this name
-  --json           print the summary as one JSON object on stdout, all else on stderr
-  --on WHERE       local: in a process of its own, one for each card
+  -h, --help         show this help message and exit
+  --set KEY=VALUE    set one key, such as sdpo.top_k=20; may be repeated
+  --out DIR          run directory; default runs/<name>, numbered where that is taken
+  --resume           go on in the run directory of --out, or in the latest of this name
+  --json             print the summary as one JSON object on stdout, all else on stderr
+  --on WHERE         local: in a process of its own; modal: on a rented card
+  --gpu NAME[:N]     on modal: this card, such as L4 or H100!:2; default: the plan's
+  --budget USD       on modal: cap on the worst case, and the run's deadline
+  --yes              on modal: spend without asking
+  --dry-run          on modal: print what would be created; sends nothing
+  --detach           on modal: start it and return
+  --hub-secret NAME  on modal: secret there that holds HF_TOKEN
+  --ledger FILE      on modal: accounts of jobs that share --budget
 
 Writes runs/<name>/: config.toml, metrics.jsonl, summary.json, rollouts/, checkpoints/, model/.
 --resume continues from the newest whole checkpoint, or starts where there is none; only the length
@@ -167,7 +185,7 @@ options:
   --grid KEY=V1,V2     one axis; every combination of axes is run
   --point KEY=V,KEY=V  one point of a list, in place of --grid
   --seeds N            runs of each point, from the configuration's seed on; default 1
-  --parallel N         members at a time; default 1
+  --parallel N         members at a time, as far as memory allows; default 1
   --set KEY=VALUE      set one key, such as sdpo.top_k=20; may be repeated
   --out DIR            run directory; default runs/<name>, numbered where that is taken
   --resume             go on in the run directory of --out, or in the latest of this name
@@ -183,6 +201,34 @@ examples:
       --grid beta_replay=0,0.05 --parallel 4 --out runs/weights
 
 exit codes: 0 every member passed, 1 one failed twice, 2 your input, 130 Ctrl-C
+"""
+
+RUNS_HELP = """\
+usage: composer-replication runs [-h] [--yes] [--json] ACTION [ID]
+
+Lists launched jobs, follows, ends, fetches or resumes one.
+
+positional arguments:
+  ACTION
+  ID
+
+options:
+  -h, --help  show this help message and exit
+  --yes       resume: spend without asking
+  --json      print the summary as one JSON object on stdout, all else on stderr
+
+actions:
+  list        every launched job, and every run directory in runs/
+  logs ID     what the job has printed, and prints until it ends
+  cancel ID   end it; what it committed stays
+  fetch ID    bring its run directory home and settle what it cost
+  resume ID   go on from its newest checkpoint, under the cap that it was launched with
+
+examples:
+  composer-replication runs list
+  composer-replication runs resume first-3f2a1b --yes
+
+exit codes: 0 done, 1 failed, 2 your input
 """
 
 DOCTOR_HELP = """\
@@ -222,6 +268,7 @@ def test_the_help_is_the_pinned_one(flag, capsys):
         ("smoke", SMOKE_HELP),
         ("train", TRAIN_HELP),
         ("sweep", SWEEP_HELP),
+        ("runs", RUNS_HELP),
         ("doctor", DOCTOR_HELP),
         ("plan", PLAN_HELP),
     ],

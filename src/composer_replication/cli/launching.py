@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from composer_replication.cli.recorded_run import EXIT_CODES, RUNS_FOLDER, open_run
 from composer_replication.cli.verb import EXIT_FAILED, EXIT_STOPPED, Answer, Option
@@ -13,22 +13,44 @@ from composer_replication.errors import InputError, nearest
 if TYPE_CHECKING:
     from composer_replication.config.run_config import RunConfig
 
-PLACES = ("local",)
+_MODAL_NAMES = ("gpu", "budget", "yes", "dry_run", "detach", "hub_secret", "ledger")
 
-ON = Option("--on", "WHERE", "local: in a process of its own, one for each card")
+PLACES = ("local", "modal")
+
+ON = Option("--on", "WHERE", "local: in a process of its own; modal: on a rented card")
 
 
 def is_elsewhere(options: argparse.Namespace) -> bool:
     """Whether the run is for another process than this one.
 
     Raises:
-        InputError: a place that does not exist.
+        InputError: a place that does not exist, or options of Modal's without it.
     """
+    flags = [f"--{name.replace('_', '-')}" for name in _MODAL_NAMES if getattr(options, name)]
+    if flags and options.on != "modal":
+        raise InputError(
+            f"{flags[0]} says how a run is carried out on Modal, and --on modal is not given. "
+            "Add it, or leave the option out: a run here costs nothing."
+        )
     if options.on is None:
         return False
     if options.on in PLACES:
         return True
     raise InputError(f"--on is {options.on!r}, which is no place. {nearest(options.on, PLACES)}")
+
+
+def run_elsewhere(
+    verb: Literal["smoke", "train"],
+    options: argparse.Namespace,
+    config: "RunConfig",
+    overrides: Sequence[str],
+) -> Answer:
+    """Carry the verb out where `--on` says."""
+    if options.on == "modal":
+        from composer_replication.cli.modal_run import run_on_modal
+
+        return run_on_modal(verb, options, config, overrides)
+    return run_on_local(verb, options, config, overrides)
 
 
 def run_on_local(

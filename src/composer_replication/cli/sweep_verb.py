@@ -1,6 +1,7 @@
 """`sweep`: one configuration at many points, side by side, and what they found as one table."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from composer_replication.cli.recorded_run import carry_out_in_run
@@ -15,10 +16,14 @@ from composer_replication.cli.verb import (
     Verb,
     whole_number,
 )
+from composer_replication.errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
+    from composer_replication.experiments.sweep_grid import SweepMember
     from composer_replication.runs.run_directory import RunDirectory
     from composer_replication.runs.summary import Summary
 
@@ -48,7 +53,8 @@ def _sweep(options: argparse.Namespace) -> Answer:
         points=options.point,
         num_seeds=whole_number("--seeds", options.seeds, default=1),
     )
-    num_parallel = whole_number("--parallel", options.parallel, default=1)
+    asked = whole_number("--parallel", options.parallel, default=1)
+    num_parallel = _slots(asked, members)
     answers: list[str] = []
 
     def run_it(run: "RunDirectory", console: "Console") -> "Summary":
@@ -74,6 +80,36 @@ def _sweep(options: argparse.Namespace) -> Answer:
     return answers[0] if answers else text, code
 
 
+def _slots(asked: int, members: "Sequence[SweepMember]") -> int:
+    """As many at a time as were asked for and fit the memory here, by the plan of the largest."""
+    from datetime import UTC, datetime
+
+    from composer_replication.launch.pool import num_slots
+    from composer_replication.planner.local_machine import this_machine
+    from composer_replication.planner.plan import PlanRequest, make_plan
+    from composer_replication.planner.prices import current_prices
+
+    if asked == 1:
+        return 1
+    largest_gib, free_gib, today = 0.0, None, datetime.now(UTC).date()
+    for member in {m.config.model_dump_json(exclude={"name", "seed"}): m for m in members}.values():
+        request = PlanRequest(config=member.config, on="local", verb="train")
+        try:
+            plan = make_plan(request, this_machine(), prices=current_prices(), today=today)
+        except ModelError:
+            # A family that the formulas do not know: its memory is the user's to judge.
+            return num_slots(asked, num_members=len(members), member_gib=None, free_gib=None)
+        largest_gib = max(largest_gib, plan.candidates[0].memory.peak_gib)
+        free_gib = plan.candidates[0].place.capacity_gib
+    slots = num_slots(asked, num_members=len(members), member_gib=largest_gib, free_gib=free_gib)
+    if slots < min(asked, len(members)):
+        sys.stderr.write(
+            f"note  {slots} at a time instead of {asked}: a member is planned with "
+            f"{largest_gib:.1f} GiB, and there are {free_gib:.1f}.\n"
+        )
+    return slots
+
+
 SWEEP = Verb(
     name="sweep",
     summary="many runs of one configuration, side by side, and their ranked table",
@@ -83,7 +119,7 @@ SWEEP = Verb(
         Option("--grid", "KEY=V1,V2", "one axis; every combination of axes is run", "repeated"),
         Option("--point", "KEY=V,KEY=V", "one point of a list, in place of --grid", "repeated"),
         Option("--seeds", "N", "runs of each point, from the configuration's seed on; default 1"),
-        Option("--parallel", "N", "members at a time; default 1"),
+        Option("--parallel", "N", "members at a time, as far as memory allows; default 1"),
         SET,
         OUT,
         RESUME,

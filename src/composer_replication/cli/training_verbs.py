@@ -4,7 +4,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from composer_replication.cli.launching import ON, is_elsewhere, run_on_local
+from composer_replication.cli.launching import ON, is_elsewhere, run_elsewhere
+from composer_replication.cli.modal_run import MODAL_OPTIONS
 from composer_replication.cli.recorded_run import carry_out_in_run
 from composer_replication.cli.verb import RUN_OPTIONS, Answer, Argument, Option, Verb
 from composer_replication.errors import InputError
@@ -44,7 +45,7 @@ def _smoke(options: argparse.Namespace) -> Answer:
     overrides = _smoke_overrides(options)
     config = load_config(options.config, overrides)
     if is_elsewhere(options):
-        return run_on_local("smoke", options, config, overrides)
+        return run_elsewhere("smoke", options, config, overrides)
     if options.config is None:
         from composer_replication.config.smoke_defaults import with_smoke_defaults
         from composer_replication.experiments.trainer_setup import device
@@ -66,7 +67,7 @@ def _train(options: argparse.Namespace) -> Answer:
 
     config = load_config(options.config, options.set)
     if is_elsewhere(options):
-        return run_on_local("train", options, config, options.set)
+        return run_elsewhere("train", options, config, options.set)
 
     def run_it(run: "RunDirectory", console: "Console") -> "Summary":
         from composer_replication.experiments.train import run_train
@@ -118,6 +119,7 @@ SMOKE = Verb(
         ),
         *RUN_OPTIONS,
         ON,
+        *MODAL_OPTIONS,
     ),
     carry_out=_smoke,
     argument=Argument("config", "CONFIG.toml", is_required=False),
@@ -128,7 +130,7 @@ TRAIN = Verb(
     summary="the run that a configuration file describes",
     purpose="Trains the model that CONFIG.toml describes and saves it.",
     epilog=_TRAIN_EPILOG,
-    options=(*RUN_OPTIONS, ON),
+    options=(*RUN_OPTIONS, ON, *MODAL_OPTIONS),
     carry_out=_train,
     argument=Argument("config", "CONFIG.toml", is_required=True),
 )

@@ -48,6 +48,8 @@ class Verb:
     options: tuple[Option, ...]
     carry_out: Callable[[argparse.Namespace], Answer]
     argument: Argument | None = None
+    second: Argument | None = None
+    """One more argument after it."""
     rest: Argument | None = None
     """What follows `argument`, one or more of it."""
     computes: bool = True
@@ -74,13 +76,14 @@ def parse_options(verb: Verb, arguments: list[str]) -> argparse.Namespace:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
         allow_abbrev=False,
     )
-    if verb.argument is not None:
-        parser.add_argument(
-            verb.argument.name,
-            metavar=verb.argument.metavar,
-            nargs=None if verb.argument.is_required else "?",
-            type=Path if verb.argument.kind == "path" else str,
-        )
+    for argument in (verb.argument, verb.second):
+        if argument is not None:
+            parser.add_argument(
+                argument.name,
+                metavar=argument.metavar,
+                nargs=None if argument.is_required else "?",
+                type=Path if argument.kind == "path" else str,
+            )
     if verb.rest is not None:
         parser.add_argument(verb.rest.name, metavar=verb.rest.metavar, nargs="+", type=Path)
     for option in verb.options:

@@ -3,10 +3,11 @@
 from composer_replication.cli.doctor_verb import DOCTOR
 from composer_replication.cli.plan_verb import PLAN
 from composer_replication.cli.report_verb import REPORT
+from composer_replication.cli.runs_verb import RUNS
 from composer_replication.cli.sweep_verb import SWEEP
 from composer_replication.cli.training_verbs import SMOKE, TRAIN
 
-VERBS = (SMOKE, PLAN, TRAIN, SWEEP, REPORT, DOCTOR)
+VERBS = (SMOKE, PLAN, TRAIN, SWEEP, RUNS, REPORT, DOCTOR)
 
 _LIST = "\n".join(f"  {verb.name:<8} {verb.summary}" for verb in VERBS)
 

@@ -117,6 +117,23 @@ def _collect(
     return failure
 
 
+def num_slots(
+    asked: int | None, *, num_members: int, member_gib: float | None, free_gib: float | None
+) -> int:
+    """How many members run at once: as many as were asked for and fit the memory; at least one.
+
+    Args:
+        asked: None: one.
+        num_members: no more are of use.
+        member_gib: planned for one member; None: not known, so memory sets no limit.
+        free_gib: of the machine or the card.
+    """
+    slots = min(asked or 1, max(num_members, 1))
+    if member_gib is not None and free_gib is not None and member_gib > 0:
+        slots = min(slots, int(free_gib // member_gib))
+    return max(slots, 1)
+
+
 def least_wall_s(durations_s: Mapping[str, float], num_parallel: int) -> float:
     """No schedule is shorter: the longest member, or all of them shared out evenly."""
     if not durations_s:

@@ -65,6 +65,10 @@ class LaunchRecord(BaseModel):
     """The cap; null: none."""
     ledger: str | None = None
     """File of the accounts that count against the cap."""
+    region: str | None = None
+    """Asked for; null: any."""
+    hub_secret: str | None = None
+    """Name of the secret that holds `HF_TOKEN`."""
 
 
 def save_record(runs: Path, record: LaunchRecord, job: Job | None = None) -> None:

@@ -66,6 +66,8 @@ class Candidate:
     worst_usd: float
     usd_per_hour: float
     timeout_s: float
+    memory_request_gib: float
+    """RAM that a container asks for."""
     is_calibrated: bool
 
     @property
@@ -112,6 +114,7 @@ def make_candidate(
     weights = weights_gib(shape.case)
     clock = wall_clock(shape, step_s, weights, where=place.where, measured_s=measured_s or {})
     limit_s = modal.timeout_s or _timeout(shape, clock)
+    memory_gib = modal.memory_gib or max(_MODAL_MEMORY_GIB, _MEMORY_PER_WEIGHTS * weights)
 
     def bill(seconds: float) -> Cost:
         return estimate(
@@ -119,7 +122,7 @@ def make_candidate(
             num_gpus,
             seconds,
             cpu_cores=modal.cpu_cores,
-            memory_gib=modal.memory_gib or max(_MODAL_MEMORY_GIB, _MEMORY_PER_WEIGHTS * weights),
+            memory_gib=memory_gib,
             region=modal.region,
             retries=modal.retries,
             prices=prices,
@@ -139,6 +142,7 @@ def make_candidate(
         worst_usd=bill(limit_s).worst_usd if is_remote else 0.0,
         usd_per_hour=bill(0.0).usd_per_hour if is_remote else 0.0,
         timeout_s=limit_s,
+        memory_request_gib=memory_gib,
         is_calibrated=factor is not None,
     )
 

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from composer_replication.launch.pool import least_wall_s, run_all
+from composer_replication.launch.pool import least_wall_s, num_slots, run_all
 
 
 def run(members, start, num_parallel, **extra):
@@ -86,6 +86,13 @@ def test_members_that_are_told_to_stop_are_not_retried():
 
     ended = run(["a", "b"], start, 1, stops=stops)
     assert [(attempt.member, attempt.is_last) for attempt in ended] == [("a", True)]
+
+
+def test_memory_limits_the_slots_and_one_always_runs():
+    assert num_slots(4, num_members=8, member_gib=3.0, free_gib=10.0) == 3
+    assert num_slots(4, num_members=2, member_gib=None, free_gib=10.0) == 2
+    assert num_slots(None, num_members=8, member_gib=1.0, free_gib=10.0) == 1
+    assert num_slots(4, num_members=8, member_gib=20.0, free_gib=10.0) == 1
 
 
 def test_the_least_wall_is_the_longest_member_or_an_even_share():

@@ -33,6 +33,8 @@ def run_train(config, run, console, *, resume=False):
     while step < config.grpo.get("max_steps", 4):
         step += 1
         time.sleep(float(os.environ.get("STAND_IN_STEP_S", "0")))
+        if step == int(os.environ.get("STAND_IN_HANG_AT", "0")):
+            time.sleep(600)
         value = (value * 1.37 + step) % 7
         run.append_metrics({"step": step, "loss": value, "reward": value / 7})
         print(f"step {step}", flush=True)

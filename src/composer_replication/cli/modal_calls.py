@@ -1,0 +1,211 @@
+"""A job on Modal from the question to the run directory at home: asked, sent, awaited, settled."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from composer_replication.cli.recorded_run import EXIT_CODES, RUNS_FOLDER
+from composer_replication.cli.verb import EXIT_FAILED, EXIT_STOPPED, Answer
+from composer_replication.errors import ComposerError, InputError, LaunchError
+
+if TYPE_CHECKING:
+    from composer_replication.launch.function_spec import FunctionSpec
+    from composer_replication.launch.job import Job
+    from composer_replication.launch.records import LaunchRecord
+
+_HOUR_S = 3600.0
+
+_ENDINGS = {
+    "deadline": "The run reached the deadline that its cap allows and was asked to end.",
+    "timeout": "The run reached its time-out and was asked to end.",
+    "out_of_memory": (
+        "The run was killed because it needed more RAM than its container has. Raise "
+        "modal.memory_gib."
+    ),
+}
+
+
+def ask(options: argparse.Namespace, question: str) -> bool:
+    """Whether to spend; no is the default.
+
+    Raises:
+        InputError: nobody is there to answer and `--yes` was not given.
+    """
+    if options.yes:
+        return True
+    if options.json or not sys.stdin.isatty():
+        raise InputError(
+            "Nobody is at a terminal to answer whether to spend, so nothing was sent. Give --yes "
+            "to go ahead, or --dry-run to look at what would be."
+        )
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def carry_out_on_modal(
+    job: "Job",
+    spec: "FunctionSpec",
+    record: "LaunchRecord",
+    *,
+    detaches: bool,
+    say: Callable[[str], None],
+) -> Answer:
+    """Reserve the worst case, send the job, wait for it unless detached, and bring it home.
+
+    Raises:
+        BudgetError: over the cap; nothing was sent.
+        ComposerError: Modal refused, or the run ended without a result.
+    """
+    from composer_replication.launch import modal_job
+    from composer_replication.launch.ledger import Ledger
+    from composer_replication.launch.records import save_record
+
+    assert record.ledger is not None
+    assert record.worst_usd is not None
+    ledger = Ledger(Path(record.ledger))
+    modal_job.check_credentials()
+    ledger.reserve(job.job_id, record.worst_usd, cap_usd=record.budget_usd)
+    record.call_id = None
+    save_record(RUNS_FOLDER, record, job)
+    say("contacting Modal ...")
+    try:
+        with modal_job.launched(spec) as remote:
+            record.call_id = remote.spawn(job.to_payload())
+            record.app_id, record.url, record.status = remote.app_id, remote.url, "running"
+            save_record(RUNS_FOLDER, record)
+            say(f"started {job.job_id}: {record.call_id}, {record.url}")
+            say(f"        composer-replication runs logs {job.job_id}")
+            if detaches:
+                return _still_running(record), 0
+            try:
+                result = modal_job.wait_for(record.call_id)
+            except KeyboardInterrupt:
+                return _interrupted(record, say)
+    except ComposerError:
+        if record.call_id is None:
+            ledger.settle(job.job_id, "not-started", 0.0)
+            record.status = "failed"
+            save_record(RUNS_FOLDER, record)
+        else:
+            settle_without_result(record)
+        raise
+    return finish(record, result, say)
+
+
+def finish(
+    record: "LaunchRecord", result: Mapping[str, object], say: Callable[[str], None]
+) -> Answer:
+    """Bring the run directory home, settle what it cost, and answer with its summary."""
+    from composer_replication.launch import modal_job
+    from composer_replication.launch.container import held_s
+    from composer_replication.launch.ledger import Ledger
+    from composer_replication.launch.records import save_record
+    from composer_replication.runs.summary import Summary
+
+    assert record.call_id is not None
+    assert record.ledger is not None
+    folder = Path(record.folder)
+    estimate_usd = held_s(result) * record.usd_per_hour / _HOUR_S
+    billed_usd = modal_job.billed_usd(record.job_id, record.created_s)
+    record.cost_usd = billed_usd if billed_usd is not None else estimate_usd
+    # All attempts of the job so far, so that its own name replaces what was settled before.
+    Ledger(Path(record.ledger)).settle(record.job_id, "all", record.cost_usd)
+    record.status = "failed"
+    save_record(RUNS_FOLDER, record)
+    num_files = modal_job.fetch_run(record.job_id, folder)
+    problem = _ENDINGS.get(cast("str", result["ending"]))
+    source = "Modal's bill" if billed_usd is not None else "held seconds x prices"
+    note = f"cost_usd is {source}; the container was held for {held_s(result):.0f} s in all."
+    path = folder / "summary.json"
+    payload: dict[str, object] = {"status": "failed"}
+    if path.exists():
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    payload["cost_usd"] = record.cost_usd
+    payload["notes"] = [*cast("list[str]", payload.get("notes", [])), note]
+    if problem is not None:
+        said = cast("str | None", payload.get("error"))
+        payload["error"] = problem if said is None else f"{problem} {said}"
+    elif "schema" not in payload:
+        payload["error"] = f"The run ended with exit code {result['exit_code']} and no summary."
+    summary = Summary.model_validate(payload)
+    path.write_text(summary.to_json() + "\n", encoding="utf-8")
+    record.status = summary.status
+    save_record(RUNS_FOLDER, record)
+    worst = "" if record.worst_usd is None else f" of at most {record.worst_usd:.2f}"
+    say(f"{summary.status}  {record.cost_usd:.4f} USD{worst} ({source})")
+    say(f"files   {num_files} in {folder}")
+    if summary.status != "passed":
+        say(f"next    composer-replication runs resume {record.job_id}")
+    if problem is not None:
+        sys.stderr.write(f"error: {problem}\n")
+        return summary.to_json(), EXIT_FAILED
+    exit_code = cast("int", result["exit_code"])
+    return summary.to_json(), exit_code if exit_code > 0 else EXIT_CODES[summary.status]
+
+
+def settle_without_result(record: "LaunchRecord") -> None:
+    """A call that ended without a result has cost at most the time since it was launched."""
+    from composer_replication.launch.ledger import Ledger
+    from composer_replication.launch.records import save_record
+
+    assert record.ledger is not None
+    since_s = max(time.time() - record.created_s, 0.0)
+    most_usd = since_s * record.usd_per_hour / _HOUR_S
+    if record.worst_usd is not None:
+        most_usd = min(most_usd, record.worst_usd)
+    record.status, record.cost_usd = "failed", most_usd
+    save_record(RUNS_FOLDER, record)
+    Ledger(Path(record.ledger)).settle(record.job_id, "all", most_usd)
+
+
+def _still_running(record: "LaunchRecord") -> str:
+    return record.model_dump_json(by_alias=True, indent=2)
+
+
+def _interrupted(record: "LaunchRecord", say: Callable[[str], None]) -> Answer:
+    """Ctrl-C: leave it running, or end it."""
+    from composer_replication.launch import modal_job
+    from composer_replication.launch.records import save_record
+
+    assert record.call_id is not None
+    say(f"Ctrl-C. {record.job_id} is running and costs {record.usd_per_hour:.2f} USD an hour.")
+    sys.stderr.write("Cancel it (c), or leave it running (Enter)? ")
+    sys.stderr.flush()
+    try:
+        answer = sys.stdin.readline().strip().lower()
+    except KeyboardInterrupt:
+        answer = "c"
+    if answer.startswith("c"):
+        modal_job.cancel(record.call_id)
+        settle_without_result(record)
+        record.status = "cancelled"
+        save_record(RUNS_FOLDER, record)
+        say(f"cancelled {record.job_id}; what it committed: composer-replication runs fetch ID")
+    else:
+        say(f"left running; its files: composer-replication runs fetch {record.job_id}")
+    return _still_running(record), EXIT_STOPPED
+
+
+def fetch_result(record: "LaunchRecord", timeout_s: float) -> Mapping[str, object]:
+    """The result of a call that this or another process started.
+
+    Raises:
+        LaunchError: it is still running.
+    """
+    from composer_replication.launch import modal_job
+
+    assert record.call_id is not None
+    modal_job.check_credentials()
+    modal_job.check_reachable()
+    try:
+        return modal_job.wait_for(record.call_id, timeout_s)
+    except TimeoutError:
+        raise LaunchError(
+            f"{record.job_id} is still running. Look at it with `composer-replication runs logs "
+            f"{record.job_id}`, or end it with `composer-replication runs cancel {record.job_id}`."
+        ) from None

@@ -1,0 +1,223 @@
+"""`--on modal`: the plan as a bill, the question, and the job that the answer sends."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from composer_replication.cli.modal_calls import ask, carry_out_on_modal
+from composer_replication.cli.recorded_run import RUNS_FOLDER, open_run
+from composer_replication.cli.verb import Answer, Option
+from composer_replication.errors import BudgetError, ConfigError, InputError
+
+if TYPE_CHECKING:
+    from composer_replication.config.run_config import RunConfig
+    from composer_replication.launch.job import Job
+    from composer_replication.planner.candidate import Candidate
+    from composer_replication.planner.hardware import Gpu
+    from composer_replication.planner.plan import Plan
+
+DRY_RUN_SCHEMA = 1
+
+MODAL_OPTIONS = (
+    Option("--gpu", "NAME[:N]", "on modal: this card, such as L4 or H100!:2; default: the plan's"),
+    Option("--budget", "USD", "on modal: cap on the worst case, and the run's deadline"),
+    Option("--yes", None, "on modal: spend without asking", "switch"),
+    Option("--dry-run", None, "on modal: print what would be created; sends nothing", "switch"),
+    Option("--detach", None, "on modal: start it and return", "switch"),
+    Option("--hub-secret", "NAME", "on modal: secret there that holds HF_TOKEN"),
+    Option("--ledger", "FILE", "on modal: accounts of jobs that share --budget", "path"),
+)
+
+
+def run_on_modal(
+    verb: Literal["smoke", "train"],
+    options: argparse.Namespace,
+    config: "RunConfig",
+    overrides: Sequence[str],
+) -> Answer:
+    """Plan the run, ask, and carry it out in a container.
+
+    Raises:
+        BudgetError: over the cap; nothing was sent.
+        InputError: what cannot run there, nobody to ask, or no credentials.
+    """
+    from composer_replication.launch.function_spec import function_spec
+    from composer_replication.launch.records import LaunchRecord
+
+    plan = _plan(verb, options, config)
+    chosen = _chosen(plan, config)
+    job = _job(verb, options, config, overrides, chosen)
+    spec = function_spec(job, hub_secret=options.hub_secret, region=config.modal.region)
+    if options.dry_run:
+        return _dry_run(options, plan, chosen, spec.to_payload())
+    say = _sayer(options)
+    _show(options, plan)
+    worst = f"at most {chosen.worst_usd:.2f} USD"
+    if not ask(options, f"Spend about {chosen.expected_usd:.2f} USD, {worst}?"):
+        say("Nothing was sent.")
+        return "{}", 0
+    _check_modal_installed()
+    with open_run(options, config.name) as run:
+        folder = run.path
+    record = LaunchRecord(
+        job_id=job.job_id,
+        verb=verb,
+        where="modal",
+        folder=str(folder),
+        created_s=time.time(),
+        gpu=job.gpu,
+        usd_per_hour=chosen.usd_per_hour,
+        expected_usd=chosen.expected_usd,
+        worst_usd=chosen.worst_usd,
+        budget_usd=plan.budget_usd,
+        ledger=str(options.ledger or RUNS_FOLDER / ".jobs" / f"{job.job_id}.ledger"),
+        hub_secret=options.hub_secret,
+        region=config.modal.region,
+    )
+    return carry_out_on_modal(job, spec, record, detaches=options.detach, say=say)
+
+
+def _plan(
+    verb: Literal["smoke", "train"], options: argparse.Namespace, config: "RunConfig"
+) -> "Plan":
+    from datetime import UTC, datetime
+
+    from composer_replication.planner.calibration import measured_runs
+    from composer_replication.planner.hardware import parse_gpu
+    from composer_replication.planner.local_machine import this_machine
+    from composer_replication.planner.plan import PlanRequest, make_plan
+    from composer_replication.planner.prices import current_prices
+
+    gpu = None if options.gpu is None else parse_gpu(options.gpu)
+    if gpu is not None:
+        _refuse_without_bf16(gpu.gpu, config)
+    request = PlanRequest(
+        config=config,
+        on="modal",
+        gpu=gpu,
+        budget_usd=_budget(options.budget),
+        fills_smoke_defaults=verb == "smoke" and options.config is None,
+        verb=verb,
+    )
+    today = datetime.now(UTC).date()
+    runs = measured_runs(RUNS_FOLDER)
+    return make_plan(request, this_machine(), prices=current_prices(), today=today, runs=runs)
+
+
+def _budget(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(
+            f"--budget is {text!r}; it is the most to spend in USD and must be a number. "
+            "Write for example --budget 5."
+        ) from None
+
+
+def _chosen(plan: "Plan", config: "RunConfig") -> "Candidate":
+    from composer_replication.planner.decision import EXIT_OVER_CAP
+
+    if plan.chosen is None:
+        raised = BudgetError if plan.exit_code == EXIT_OVER_CAP else ConfigError
+        change = f" {plan.cheaper_fit}" if plan.cheaper_fit is not None else ""
+        raise raised(f"{plan.decision.reason}{change} Nothing was sent.")
+    if plan.chosen.place.gpu is not None:
+        _refuse_without_bf16(plan.chosen.place.gpu, config)
+    return plan.chosen
+
+
+def _refuse_without_bf16(card: "Gpu", config: "RunConfig") -> None:
+    if not card.has_bf16 and config.grpo.get("bf16") is True:
+        raise ConfigError(
+            f"grpo.bf16 is true and {card.name} has no bf16. Take an L4 or a newer card, or set "
+            "grpo.bf16 = false."
+        )
+
+
+def _job(
+    verb: str,
+    options: argparse.Namespace,
+    config: "RunConfig",
+    overrides: Sequence[str],
+    chosen: "Candidate",
+) -> "Job":
+    from composer_replication.launch.bundle import bundle
+    from composer_replication.launch.job import Job, new_job_id
+
+    packed = bundle(options.config, overrides, config)
+    timeout_s, retries = chosen.timeout_s, config.modal.retries
+    return Job(
+        job_id=new_job_id(config.name),
+        verb=verb,
+        arguments=packed.arguments,
+        files=packed.files,
+        gpu=_card_name(options.gpu, chosen, is_measured=verb == "smoke"),
+        num_processes=max(chosen.place.num_gpus, 1),
+        cpu_cores=config.modal.cpu_cores,
+        memory_gib=chosen.memory_request_gib,
+        timeout_s=timeout_s,
+        retries=retries,
+        deadline_s=time.time() + (retries + 1) * timeout_s,
+    )
+
+
+def _card_name(asked: str | None, chosen: "Candidate", *, is_measured: bool) -> str:
+    """As Modal spells it; a measured run pins H100, which may become an H200 otherwise."""
+    place = chosen.place
+    pins = place.name == "H100" and (is_measured or (asked or "").partition(":")[0].endswith("!"))
+    name = f"{place.name}!" if pins else place.name
+    return name if place.num_gpus <= 1 else f"{name}:{place.num_gpus}"
+
+
+def _dry_run(
+    options: argparse.Namespace, plan: "Plan", chosen: "Candidate", function: dict[str, object]
+) -> Answer:
+    from composer_replication.planner.plan_json import candidate_answer
+    from composer_replication.runs.json_text import to_json_text
+
+    payload = {
+        "schema": DRY_RUN_SCHEMA,
+        "function": function,
+        "plan": candidate_answer(chosen).model_dump(mode="json"),
+        "worst_usd": round(chosen.worst_usd, 4),
+    }
+    if not options.json:
+        _show(options, plan)
+        sys.stdout.write(to_json_text({"function": function}, indent=2) + "\n")
+    return to_json_text(payload, indent=2), 0
+
+
+def _show(options: argparse.Namespace, plan: "Plan") -> None:
+    from rich.console import Console
+
+    from composer_replication.planner.plan_table import print_plan
+
+    console = Console(stderr=options.json)
+    console.width = max(console.width, 100)
+    print_plan(plan, console, config_path=options.config, solved=[])
+
+
+def _sayer(options: argparse.Namespace) -> Callable[[str], None]:
+    stream = sys.stderr if options.json else sys.stdout
+
+    def say(text: str) -> None:
+        stream.write(text + "\n")
+        stream.flush()
+
+    return say
+
+
+def _check_modal_installed() -> None:
+    import importlib.util
+
+    from composer_replication.errors import MissingDependencyError
+
+    if importlib.util.find_spec("modal") is None:
+        raise MissingDependencyError(
+            "--on modal needs the package modal, which is not installed. "
+            'pip install "modal>=1.6,<1.7"; --dry-run needs neither it nor credentials.'
+        )

@@ -1,0 +1,194 @@
+"""`runs`: the jobs that were launched, and what can be done about each by its id."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from composer_replication.cli.modal_calls import (
+    ask,
+    carry_out_on_modal,
+    fetch_result,
+    finish,
+    settle_without_result,
+)
+from composer_replication.cli.recorded_run import RUNS_FOLDER
+from composer_replication.cli.verb import JSON, Answer, Argument, Option, Verb
+from composer_replication.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from composer_replication.launch.records import LaunchRecord
+
+_ACTIONS = ("list", "logs", "cancel", "fetch", "resume")
+
+_EPILOG = """\
+actions:
+  list        every launched job, and every run directory in runs/
+  logs ID     what the job has printed, and prints until it ends
+  cancel ID   end it; what it committed stays
+  fetch ID    bring its run directory home and settle what it cost
+  resume ID   go on from its newest checkpoint, under the cap that it was launched with
+
+examples:
+  composer-replication runs list
+  composer-replication runs resume first-3f2a1b --yes
+
+exit codes: 0 done, 1 failed, 2 your input"""
+
+
+def _runs(options: argparse.Namespace) -> Answer:
+    from composer_replication.launch.records import load_record
+
+    if options.action not in _ACTIONS:
+        raise InputError(
+            f"runs does not know {options.action!r}. {nearest(options.action, _ACTIONS)}"
+        )
+    if options.action == "list":
+        return _list(options)
+    if options.job_id is None:
+        raise InputError(
+            f"runs {options.action} needs the id of a job. "
+            "Look it up with: composer-replication runs list"
+        )
+    record = load_record(RUNS_FOLDER, options.job_id)
+    actions = {"logs": _logs, "cancel": _cancel, "fetch": _fetch, "resume": _resume}
+    return actions[options.action](options, record)
+
+
+def _list(options: argparse.Namespace) -> Answer:
+    from pathlib import Path
+
+    from composer_replication.launch.records import load_records, run_status
+    from composer_replication.runs.json_text import to_json_text
+
+    records = load_records(RUNS_FOLDER)
+    rows: list[dict[str, object]] = []
+    for record in records:
+        status = record.status
+        if record.where == "local":
+            status = run_status(Path(record.folder)) or status
+        rows.append({**record.model_dump(by_alias=True, exclude={"schema_version"})})
+        rows[-1]["status"] = status
+    known = {str(Path(record.folder).resolve()) for record in records}
+    for folder in sorted(RUNS_FOLDER.glob("*")):
+        status = run_status(folder) if folder.is_dir() else None
+        if status is not None and str(folder.resolve()) not in known:
+            rows.append({"job_id": None, "where": "local", "folder": str(folder), "status": status})
+    if not options.json:
+        for row in rows:
+            cost = row.get("cost_usd")
+            usd = "-" if cost is None else f"{cost:.4f}"
+            job_id = row["job_id"] or "-"
+            line = f"{row['status']!s:<10} {row['where']:<6} {job_id:<28} {usd:>8} {row['folder']}"
+            sys.stdout.write(line + "\n")
+        if not rows:
+            sys.stdout.write(f"{RUNS_FOLDER} holds no run.\n")
+    return to_json_text({"schema": 1, "runs": rows}, indent=2), 0
+
+
+def _logs(_: argparse.Namespace, record: "LaunchRecord") -> Answer:
+    from composer_replication.launch import modal_job
+
+    if record.call_id is None:
+        raise InputError(
+            f"{record.job_id} ran on this machine and printed where it was started; its figures "
+            f"are in {record.folder}/metrics.jsonl."
+        )
+    for text in modal_job.stream_logs(record.call_id):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    return _as_json(record), 0
+
+
+def _cancel(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
+    from composer_replication.launch import modal_job
+    from composer_replication.launch.records import is_alive, save_record
+
+    if record.where == "local":
+        if record.pid is None or not is_alive(record.pid) or record.status != "running":
+            raise InputError(f"{record.job_id} is not running, so there is nothing to end.")
+        os.kill(record.pid, signal.SIGINT)
+    else:
+        if record.call_id is None or record.status != "running":
+            raise InputError(f"{record.job_id} is {record.status}, so there is nothing to end.")
+        modal_job.cancel(record.call_id)
+        settle_without_result(record)
+    record.status = "cancelled"
+    save_record(RUNS_FOLDER, record)
+    _say(options, f"cancelled {record.job_id}")
+    return _as_json(record), 0
+
+
+def _fetch(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
+    from pathlib import Path
+
+    from composer_replication.launch import modal_job
+
+    if record.where == "local":
+        raise InputError(f"{record.job_id} ran on this machine: its files are in {record.folder}.")
+    if record.status in ("cancelled", "failed") or record.call_id is None:
+        num_files = modal_job.fetch_run(record.job_id, Path(record.folder))
+        _say(options, f"files   {num_files} in {record.folder}")
+        return _as_json(record), 0
+    return finish(record, fetch_result(record, timeout_s=1.0), lambda text: _say(options, text))
+
+
+def _resume(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
+    from dataclasses import replace
+    from pathlib import Path
+
+    from composer_replication.launch.function_spec import function_spec
+    from composer_replication.launch.local import run_local
+    from composer_replication.launch.records import load_job, run_status, save_record
+
+    if record.status == "passed":
+        raise InputError(
+            f"{record.job_id} has passed: its files are in {record.folder}, and there is nothing "
+            "to go on with."
+        )
+    job = load_job(RUNS_FOLDER, record.job_id)
+    if record.where == "local":
+        ending = run_local(job, Path(record.folder), output=2 if options.json else None)
+        record.status = run_status(Path(record.folder)) or "failed"
+        save_record(RUNS_FOLDER, record)
+        return _as_json(record), max(ending.exit_code, int(ending.exit_code != 0))
+    if record.status == "running":
+        raise InputError(
+            f"{record.job_id} is still running, and twice in one folder would mix. Bring it home "
+            f"with: composer-replication runs fetch {record.job_id}"
+        )
+    assert job.timeout_s is not None
+    assert record.worst_usd is not None
+    if not ask(options, f"Spend at most {record.worst_usd:.2f} USD more on {record.job_id}?"):
+        _say(options, "Nothing was sent.")
+        return _as_json(record), 0
+    job = replace(job, deadline_s=time.time() + (job.retries + 1) * job.timeout_s)
+    spec = function_spec(job, hub_secret=record.hub_secret, region=record.region)
+    return carry_out_on_modal(
+        job, spec, record, detaches=False, say=lambda text: _say(options, text)
+    )
+
+
+def _say(options: argparse.Namespace, text: str) -> None:
+    stream = sys.stderr if options.json else sys.stdout
+    stream.write(text + "\n")
+    stream.flush()
+
+
+def _as_json(record: "LaunchRecord") -> str:
+    return record.model_dump_json(by_alias=True, indent=2)
+
+
+RUNS = Verb(
+    name="runs",
+    summary="launched jobs: list, logs, cancel, fetch, resume",
+    purpose="Lists launched jobs, follows, ends, fetches or resumes one.",
+    epilog=_EPILOG,
+    options=(Option("--yes", None, "resume: spend without asking", "switch"), JSON),
+    carry_out=_runs,
+    argument=Argument("action", "ACTION", is_required=True, kind="text"),
+    second=Argument("job_id", "ID", is_required=False, kind="text"),
+    computes=False,
+)

@@ -1,0 +1,178 @@
+"""The body of a remote job: one attempt inside a container that may vanish at any instant.
+
+What must survive is in the runs' volume, committed whenever a checkpoint is complete and every half
+minute between. The next attempt finds it there and goes on. No dollar is spent after the deadline,
+however often the platform starts the job again.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from composer_replication.errors import LaunchError
+from composer_replication.launch.job import Job, command_line, write_files
+from composer_replication.launch.processes import run_process
+from composer_replication.runs.atomic_files import write_text_atomically
+from composer_replication.runs.checkpoint_folders import checkpoint_folders
+from composer_replication.runs.run_directory import SUMMARY_FILE
+
+RESULT_SCHEMA = 1
+ATTEMPTS_FOLDER = ".attempts"
+"""Beside the run directories: when each attempt was alive."""
+
+COMMIT_EVERY_S = 30.0
+GRACE_S = 15.0
+"""Between asking a run to end and killing it; a preempted container has 30 s in all."""
+
+_CGROUP_EVENTS = Path("/sys/fs/cgroup/memory.events")
+
+
+@dataclass(slots=True)
+class _Attempts:
+    """The times of all attempts so far, kept in the volume; the last pair is this one."""
+
+    path: Path
+    spans_s: list[list[float]]
+
+    @classmethod
+    def begin(cls, path: Path, now_s: float) -> "_Attempts":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        spans = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        attempts = cls(path, [*spans, [now_s, now_s]])
+        attempts.touch(now_s)
+        return attempts
+
+    def touch(self, now_s: float) -> None:
+        """This attempt is still alive."""
+        self.spans_s[-1][1] = now_s
+        write_text_atomically(self.path, json.dumps(self.spans_s))
+
+
+def run_attempt(
+    payload: Mapping[str, object], *, runs: Path, commit: Callable[[], None]
+) -> dict[str, object]:
+    """Carry the job out, or go on with it, and say how it ended.
+
+    Args:
+        payload: of a `Job`.
+        runs: where the runs' volume is mounted.
+        commit: makes what was written there survive this container.
+
+    Returns:
+        `ending` (`exit`, `deadline`, `timeout`, `out_of_memory`), `exit_code`, `summary` and
+        `attempts`, the Unix times between which each attempt was alive.
+
+    Raises:
+        LaunchError: the run died of a signal; the platform tries again, and the run resumes.
+        KeyboardInterrupt: the container is being taken away.
+    """
+    started_s = time.time()
+    job = Job.from_payload(payload)
+    folder = runs / job.job_id
+    attempts = _Attempts.begin(runs / ATTEMPTS_FOLDER / f"{job.job_id}.json", started_s)
+    if _has_passed(folder):
+        # The platform may give a job that was done to another container.
+        return _result("exit", 0, folder, attempts)
+    end_s = min(job.deadline_s or float("inf"), started_s + (job.timeout_s or float("inf")))
+    if started_s >= end_s:
+        return _result("deadline", 1, folder, attempts)
+    watch = _Watch(folder, attempts, commit)
+    oom_kills = _oom_kills()
+    with tempfile.TemporaryDirectory() as workspace:
+        write_files(job, Path(workspace))
+        ending = run_process(
+            command_line(job, folder),
+            environment={"PYTHONPATH": _source_path(workspace)},
+            folder=Path(workspace),
+            # The platform's own time-out would leave no time for a summary and a commit.
+            deadline_s=end_s - min(2 * GRACE_S, 0.1 * (end_s - started_s)),
+            tick=watch.tick,
+            grace_s=GRACE_S,
+        )
+    attempts.touch(time.time())
+    commit()
+    if ending.cause == "interrupt":
+        raise KeyboardInterrupt
+    if ending.cause == "deadline":
+        is_deadline = job.deadline_s is not None and end_s == job.deadline_s
+        return _result("deadline" if is_deadline else "timeout", 1, folder, attempts)
+    if ending.exit_code < 0 and _oom_kills() > oom_kills:
+        return _result("out_of_memory", 1, folder, attempts)
+    if ending.exit_code < 0:
+        raise LaunchError(
+            f"The run died of signal {-ending.exit_code}; another attempt goes on from its newest "
+            "checkpoint."
+        )
+    return _result("exit", ending.exit_code, folder, attempts)
+
+
+class _Watch:
+    """Commits what a run has written, as it goes."""
+
+    def __init__(self, folder: Path, attempts: _Attempts, commit: Callable[[], None]) -> None:
+        self._checkpoints = folder / "checkpoints"
+        self._attempts = attempts
+        self._commit = commit
+        self._newest = self._newest_checkpoint()
+        self._committed_s = time.time()
+        commit()
+
+    def tick(self) -> None:
+        """Commit where a checkpoint is new, or the last commit is long ago."""
+        newest, now_s = self._newest_checkpoint(), time.time()
+        if newest == self._newest and now_s - self._committed_s < COMMIT_EVERY_S:
+            return
+        self._newest, self._committed_s = newest, now_s
+        self._attempts.touch(now_s)
+        self._commit()
+
+    def _newest_checkpoint(self) -> Path | None:
+        return next(iter(checkpoint_folders(self._checkpoints)), None)
+
+
+def held_s(result: Mapping[str, object]) -> float:
+    """Seconds that containers were held for the job, over all its attempts."""
+    spans = cast("list[list[float]]", result["attempts"])
+    return sum(end - start for start, end in spans)
+
+
+def _result(ending: str, exit_code: int, folder: Path, attempts: _Attempts) -> dict[str, object]:
+    summary_path = folder / SUMMARY_FILE
+    summary = (
+        json.loads(summary_path.read_text(encoding="utf-8")) if summary_path.exists() else None
+    )
+    return {
+        "schema": RESULT_SCHEMA,
+        "ending": ending,
+        "exit_code": exit_code,
+        "summary": summary,
+        "attempts": attempts.spans_s,
+    }
+
+
+def _has_passed(folder: Path) -> bool:
+    try:
+        return json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["status"] == "passed"
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
+def _source_path(workspace: str) -> str:
+    """The job's own modules, then this package wherever it was mounted, then what was there."""
+    source = Path(__file__).parents[2]
+    given = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([workspace, str(source), *([given] if given else [])])
+
+
+def _oom_kills() -> int:
+    """Processes that the kernel has killed for memory in this container."""
+    try:
+        lines = _CGROUP_EVENTS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

@@ -1,0 +1,74 @@
+"""What Modal's errors mean for the user, and what to do about each.
+
+They are told apart by name, so that this module starts without Modal's client.
+"""
+
+import re
+
+from composer_replication.errors import ComposerError, InputError, LaunchError
+
+SETUP_REMEDY = (
+    "Run `modal setup` once, or set MODAL_TOKEN_ID and MODAL_TOKEN_SECRET. "
+    "--dry-run and `composer-replication plan` need neither."
+)
+
+_LIMIT_WORDS = re.compile(r"limit|budget|spend|quota|exceed|credit|payment|billing", re.IGNORECASE)
+_MEMORY_WORDS = re.compile(r"out.of.memory|\boom\b|memory limit", re.IGNORECASE)
+_REFUSALS = (
+    *("ResourceExhaustedError", "ConflictError", "PermissionDeniedError", "InvalidError"),
+    *("ExecutionError", "InternalError", "ServerWarning"),
+)
+
+
+def explain_modal_error(error: Exception) -> ComposerError | None:
+    """The same as one of our errors, with the remedy; None for what is not Modal's."""
+    names = {cls.__name__ for cls in type(error).__mro__ if cls.__module__.startswith("modal")}
+    if not names:
+        return None
+    said = " ".join(str(error).split()) or type(error).__name__
+    if "AuthError" in names:
+        return InputError(f"Modal does not accept the credentials: {said[:200]} {SETUP_REMEDY}")
+    if "ConnectionError" in names:
+        return unreachable(said[:200])
+    if "FunctionTimeoutError" in names:
+        return LaunchError(
+            "The remote run was ended at its time-out. What it had committed is kept: go on with "
+            "`composer-replication runs resume ID`, and raise modal.timeout_s if it is too short."
+        )
+    if names & {"InputCancellation", "FunctionCallCancelled"} or "cancel" in said.lower():
+        return LaunchError("The remote run was cancelled. What it had committed is kept.")
+    if _MEMORY_WORDS.search(said):
+        return out_of_memory()
+    if names & set(_REFUSALS) and "gpu" in said.lower():
+        return InputError(
+            f"Modal does not know that GPU, or not in that number: {said[:200]} "
+            "`composer-replication plan CONFIG.toml --on modal` lists what it has."
+        )
+    if names & set(_REFUSALS) and _LIMIT_WORDS.search(said):
+        return LaunchError(
+            f"Modal refused to run it: {said[:200]} A workspace's budget, credit or number of "
+            "containers is used up: raise it at modal.com/settings, wait for other runs, or take a "
+            "cheaper card with --gpu."
+        )
+    if "NotFoundError" in names:
+        return InputError(
+            f"Modal does not find what the run names: {said[:200]} Create a missing secret with "
+            "`modal secret create NAME HF_TOKEN=...`, or leave --hub-secret out."
+        )
+    return LaunchError(f"Modal ended the run: {type(error).__name__}: {said[:400]}")
+
+
+def unreachable(where: str) -> ComposerError:
+    """Nothing answers at Modal's address."""
+    return LaunchError(
+        f"Modal cannot be reached ({where}), so nothing was started. Check the network and proxy, "
+        "or run it here with --on local."
+    )
+
+
+def out_of_memory() -> ComposerError:
+    """The container's RAM was not enough."""
+    return LaunchError(
+        "The remote run was killed because it needed more RAM than the container has. Raise "
+        "modal.memory_gib, then go on with `composer-replication runs resume ID`."
+    )

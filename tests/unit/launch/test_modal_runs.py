@@ -1,0 +1,244 @@
+"""`--on modal` against a double of Modal's API that runs the remote body for real."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fake_modal import fake_modal, random_instants
+from grpclib import Status
+
+from composer_replication.launch.ledger import Ledger
+from composer_replication.launch.records import load_records
+
+STAND_IN = Path(__file__).parent / "stand_in"
+TRAIN = ["train", "base.toml", "--on", "modal"]
+BEFORE_ANY_CALL = {"ClientHello", "EnvironmentGetOrCreate"}
+
+
+@pytest.fixture
+def platform(workplace):
+    with fake_modal(workplace / "modal", {"PYTHONPATH": str(STAND_IN)}) as platform:
+        yield platform
+
+
+def cli(*arguments, platform=None, **environment):
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("MODAL_")}
+    environment = {**inherited, "MODAL_CONFIG_PATH": "/nonexistent.toml", **environment}
+    if platform is not None:
+        environment |= platform.client_environment()
+    return subprocess.run(
+        [sys.executable, "-m", "composer_replication", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def content_of(folder):
+    """Every file but locks; of the summary what is neither cost nor a note on it."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith(".lock"):
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    summary = json.loads(found.pop("summary.json"))
+    found["summary"] = {k: v for k, v in summary.items() if k not in ("cost_usd", "notes")}
+    return found
+
+
+def ledger_of(workplace):
+    (record,) = load_records(workplace / "runs")
+    return record, Ledger(workplace / record.ledger)
+
+
+def test_a_remote_run_leaves_the_run_directory_of_a_local_one(platform, workplace):
+    assert cli("train", "base.toml", "--out", "here").returncode == 0
+    done = cli(*TRAIN, "--out", "there", "--yes", platform=platform)
+    assert done.returncode == 0, done.stderr
+    assert "step 4" in done.stdout  # what the container printed, live
+    assert content_of(workplace / "there") == content_of(workplace / "here")
+    record, ledger = ledger_of(workplace)
+    assert (record.status, record.call_id, record.app_id) == ("passed", "fc-1", "ap-1")
+    account = ledger.accounts()[record.job_id]
+    assert account.reserved_usd == 0.0
+    assert account.usd == record.cost_usd
+    assert 0 < record.cost_usd < record.worst_usd
+    assert json.loads((workplace / "there/summary.json").read_text())["cost_usd"] == (
+        record.cost_usd
+    )
+
+
+def test_the_created_function_is_the_one_that_a_dry_run_prints(platform, workplace):
+    options = ["--gpu", "H100!:2", "--hub-secret", "hub", "--set", "modal.retries=2"]
+    asked = cli(*TRAIN, *options, "--dry-run", "--json")
+    assert asked.returncode == 0, asked.stderr
+    planned = json.loads(asked.stdout)
+    assert set(planned) == {"schema", "function", "plan", "worst_usd"}
+    assert cli(*TRAIN, *options, "--yes", "--detach", platform=platform).returncode == 0
+    made, function = platform.definition(), planned["function"]
+    resources = made.resources
+    gpu = f"{resources.gpu_config.gpu_type}:{resources.gpu_config.count}"
+    assert function["gpu"] == "H100!:2" == gpu
+    assert resources.milli_cpu == function["cpu"] * 1000
+    assert resources.memory_mb == function["memory_mib"]
+    assert made.timeout_secs == function["timeout_s"]
+    assert made.retry_policy.retries == function["retries"] == 2
+    mounted = {m.mount_path: m.volume_id.removeprefix("vo-") for m in made.volume_mounts}
+    assert mounted == function["volumes"]
+    assert list(made.secret_ids) == ["st-hub"]
+    assert function["secrets"] == ["hub"]
+    assert made.single_use_containers
+    assert not made.scheduler_placement.regions
+    assert not made.scheduler_placement.nonpreemptible
+    versions = [request.version for name, request in platform.calls if name == "VolumeGetOrCreate"]
+    assert set(versions[:2]) == {2}
+    tags = dict(function["tags"])
+    assert platform.tags["run_id"].startswith("base-")
+    assert {**platform.tags, "run_id": ""} == {**tags, "run_id": ""}
+    lines = "\n".join(
+        line for image in platform.images.values() for line in image.dockerfile_commands
+    )
+    assert all(package in lines for package in function["image"]["packages"])
+    for unwanted in ("flash-attn", "bitsandbytes", "xformers", "unsloth"):
+        assert unwanted not in lines
+    data = [name for mount in platform.mounts.values() for name in mount]
+    assert any(name.endswith("planner/modal_prices.json") for name in data)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_preempted_run_ends_as_one_that_was_not_and_no_dollar_counts_twice(
+    platform, workplace, seed
+):
+    assert cli("train", "base.toml", "--out", "here").returncode == 0
+    platform.environment["STAND_IN_STEP_S"] = "0.4"
+    platform.preempt_after_s = random_instants(seed, num_kills=3, longest_s=3.0)
+    done = cli(*TRAIN, "--out", "there", "--yes", platform=platform)
+    assert done.returncode == 0, done.stderr
+    assert platform.inputs["fc-1"].num_containers == 4
+    assert content_of(workplace / "there") == content_of(workplace / "here")
+    record, ledger = ledger_of(workplace)
+    held_s = record.cost_usd / record.usd_per_hour * 3600
+    assert held_s <= platform.inputs["fc-1"].billed_s
+    assert ledger.total_usd() == record.cost_usd
+    platform.bill = {record.job_id: 0.25}
+    again = cli("runs", "fetch", record.job_id, platform=platform)
+    assert again.returncode == 0, again.stderr
+    assert ledger.total_usd() == 0.25  # the bill in place of the estimate, not beside it
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ([], "Nobody is at a terminal to answer whether to spend, so nothing was sent."),
+        (["--yes", "--budget", "0.01"], "0.01"),
+        (["--yes", "--budget", "-1"], "a cap of 0 or less forbids every run"),
+        (["--yes", "--gpu", "Z9"], "There is no GPU 'Z9'"),
+        (["--yes", "--gpu", "T4", "--set", "grpo.bf16=true"], "T4 has no bf16"),
+    ],
+)
+def test_what_may_not_be_spent_is_refused_and_nothing_is_sent(platform, workplace, options, text):
+    done = cli(*TRAIN, *options, platform=platform)
+    assert done.returncode == 2, done.stderr
+    assert text in done.stderr
+    assert platform.calls == []
+    assert not (workplace / "runs").exists()
+
+
+def test_a_dry_run_needs_neither_modal_nor_credentials_nor_a_network(workplace):
+    code = (
+        "import sys; sys.modules['modal'] = None; from composer_replication.cli import main; "
+        "sys.exit(main(['train', 'base.toml', '--on', 'modal', '--dry-run', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["plan"]["where"] == "modal"
+    assert not (workplace / "runs").exists()
+
+
+def test_without_credentials_the_remedy_is_named_and_nothing_is_set_aside(workplace):
+    done = cli(*TRAIN, "--yes")
+    assert done.returncode == 2
+    assert "There are no Modal credentials on this machine. Run `modal setup`" in done.stderr
+
+
+def test_an_unreachable_modal_is_said_at_once_and_frees_what_was_set_aside(workplace):
+    closed = {
+        "MODAL_SERVER_URL": "http://127.0.0.1:9",
+        "MODAL_TOKEN_ID": "ak-x",
+        "MODAL_TOKEN_SECRET": "as-x",
+    }
+    done = cli(*TRAIN, "--yes", **closed)
+    assert done.returncode == 1
+    assert "Modal cannot be reached (127.0.0.1:9" in done.stderr
+    record, ledger = ledger_of(workplace)
+    assert (record.status, ledger.total_usd()) == ("failed", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "text"),
+    [
+        (Status.RESOURCE_EXHAUSTED, "workspace spend limit reached", "Modal refused to run it"),
+        (Status.INVALID_ARGUMENT, "unknown gpu type", "Modal does not know that GPU"),
+    ],
+)
+def test_a_refusal_by_modal_is_explained_and_frees_what_was_set_aside(
+    platform, workplace, status, said, text
+):
+    platform.refusal = ("FunctionCreate", status, said)
+    done = cli(*TRAIN, "--yes", platform=platform)
+    assert done.returncode in (1, 2)
+    assert text in done.stderr
+    assert ledger_of(workplace)[1].total_usd() == 0.0
+
+
+def test_a_detached_run_is_listed_followed_and_fetched_by_its_id(platform, workplace):
+    started = cli(*TRAIN, "--out", "there", "--yes", "--detach", platform=platform)
+    assert started.returncode == 0, started.stderr
+    (record,) = load_records(workplace / "runs")
+    assert (record.status, record.worst_usd > 0) == ("running", True)
+    logs = cli("runs", "logs", record.job_id, platform=platform)
+    assert "passed  4 steps" in logs.stdout, logs.stderr
+    fetched = cli("runs", "fetch", record.job_id, platform=platform)
+    assert fetched.returncode == 0, fetched.stderr
+    assert json.loads((workplace / "there/summary.json").read_text())["status"] == "passed"
+    listed = json.loads(cli("runs", "list", "--json").stdout)["runs"]
+    assert [(row["job_id"], row["status"]) for row in listed] == [(record.job_id, "passed")]
+
+
+def test_a_cancelled_run_resumes_from_what_it_committed(platform, workplace):
+    platform.environment["STAND_IN_HANG_AT"] = "3"
+    cli(*TRAIN, "--out", "there", "--yes", "--detach", platform=platform)
+    (record,) = load_records(workplace / "runs")
+    volume = workplace / "modal/volumes/composer-replication-runs" / record.job_id
+    end = time.monotonic() + 120
+    while not (volume / "checkpoints/checkpoint-2/complete.json").exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    cancelled = cli("runs", "cancel", record.job_id, platform=platform)
+    assert cancelled.returncode == 0, cancelled.stderr
+    assert ledger_of(workplace)[1].accounts()[record.job_id].reserved_usd == 0.0
+    del platform.environment["STAND_IN_HANG_AT"]
+    resumed = cli("runs", "resume", record.job_id, "--yes", platform=platform)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from step 2" in resumed.stdout
+    assert cli("train", "base.toml", "--out", "here").returncode == 0
+    assert content_of(workplace / "there") == content_of(workplace / "here")
+
+
+def test_a_remote_failure_is_a_failure_here_with_its_reason(platform, workplace):
+    platform.environment["STAND_IN_FAIL"] = '{"base": 9}'
+    done = cli(*TRAIN, "--out", "there", "--yes", "--json", platform=platform)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"].startswith("told to fail 9 times")
+    assert platform.inputs["fc-1"].num_containers == 1  # a second attempt would fail alike
+
+
+@pytest.mark.parametrize("action", ["logs", "cancel", "fetch", "resume"])
+def test_an_id_that_nobody_launched_is_the_users_input(workplace, action):
+    done = cli("runs", action, "nothing")
+    assert done.returncode == 2
+    assert "No launched job has the id 'nothing'" in done.stderr
