@@ -2,6 +2,7 @@
 
     python bench/plan_memory.py measured     # real steps against their simulation
     python bench/plan_memory.py grid         # formulas against the simulation, no real step
+    python bench/plan_memory.py peer         # the steps that a peer's planner gave figures for
     python bench/plan_memory.py speed        # seconds of one simulation, imports included
 
 Each part is written to `bench/results/plan_memory_PART.json` and goes on where it was cut off:
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plan_memory_page import EMBEDDED, RANDOM_SHAPES, peer_settings, settings_of
 from torch.profiler import ProfilerActivity, profile
 
 from composer_replication.experiments.case_step import (
@@ -31,40 +33,22 @@ from composer_replication.experiments.simulate import measure, simulate
 from composer_replication.planner.memory import predict
 from composer_replication.planner.step_case import StepCase
 from composer_replication.training.model_source import EMBEDDED_SPEC, load_model
-from composer_replication.training.shape_models import shape_config
 from composer_replication.units import gib
 
 RESULTS = Path(__file__).parent / "results"
-NUM_GRID = 52
+NUM_GRID = 56
+NUM_WHOLE = 22
+"""Of them with any mixture of channels; the others have one alone, which simulates in seconds."""
 SHAPES = ("shape:qwen2.5-0.5b", "shape:qwen2.5-1.5b", "shape:qwen2.5-7b")
-
-RANDOM_SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2 8 x 256": {
-        "model_type": "qwen2", "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704,
-        "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2,
-        "tie_word_embeddings": True, "initializer_range": 0.02,
-    },
-    "llama 6 x 384": {
-        "model_type": "llama", "vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1024,
-        "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 6,
-        "tie_word_embeddings": False, "initializer_range": 0.02,
-    },
-    "qwen3 5 x 320": {
-        "model_type": "qwen3", "vocab_size": 12000, "hidden_size": 320, "intermediate_size": 960,
-        "num_hidden_layers": 5, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 64,
-        "tie_word_embeddings": True, "initializer_range": 0.02,
-    },
-}  # fmt: skip
 
 ROWS = {
     "num_rollouts": 4, "prompt_tokens": 96, "completion_tokens": 32,
     "num_sites": 2, "state_tokens": 120, "hint_tokens": 24, "action_tokens": 20,
     "num_pairs": 2, "pair_state_tokens": 110, "pair_action_tokens": 18,
 }  # fmt: skip
-LONG = ROWS | {"num_rollouts": 2, "prompt_tokens": 200, "completion_tokens": 100}
+LONG = ROWS | {"num_rollouts": 2, "prompt_tokens": 120, "completion_tokens": 40}
 
 QWEN2, LLAMA, QWEN3 = RANDOM_SHAPES
-EMBEDDED = "SmolLM2-135M (embedded)"
 PACKED = {"executor": "packed"}
 MEASURED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     (EMBEDDED, ROWS, {"teacher": "ema"}),
@@ -110,7 +94,7 @@ def grid_row(_name: str, case: StepCase, known: dict[str, Any]) -> dict[str, Any
 
 def measured_cases() -> list[tuple[str, StepCase]]:
     """Steps small enough to run here: the embedded model and random shapes."""
-    return [(name, StepCase(_model(name), **(rows | more))) for name, rows, more in MEASURED]
+    return [(name, StepCase(settings_of(name), **(rows | more))) for name, rows, more in MEASURED]
 
 
 def grid_cases() -> list[tuple[str, StepCase]]:
@@ -131,6 +115,9 @@ def grid_cases() -> list[tuple[str, StepCase]]:
             "pair_state_tokens": draw.choice([64, 256, 1024]),
             "pair_action_tokens": draw.choice([16, 64]),
         }
+        if len(cases) >= NUM_WHOLE:
+            rows |= dict.fromkeys(("num_rollouts", "num_sites", "num_pairs"), 0)
+            rows[draw.choice(["num_rollouts", "num_rollouts", "num_sites", "num_pairs"])] = 2
         precision = draw.choice(["fp32", "autocast", "bf16"])
         options: dict[str, Any] = {
             "teacher": draw.choice(["live", "ema", "frozen"]),
@@ -146,8 +133,17 @@ def grid_cases() -> list[tuple[str, StepCase]]:
         }
         if options["lora_r"] is not None and precision == "bf16":
             options["autocasts"] = True
-        cases.append((name, StepCase(_model(name), **rows, **options)))
+        cases.append((name, StepCase(settings_of(name), **rows, **options)))
     return cases
+
+
+def simulate_peer(path: Path) -> None:
+    """Our figures beside a peer's, which its own package printed for the same steps."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for row in found["rows"]:
+        case = StepCase(settings_of(row["model"]), **peer_settings(row))
+        row["simulated_gib"] = simulate(case).peak_gib
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def simulation_seconds() -> dict[str, Any]:
@@ -167,20 +163,6 @@ def simulation_seconds() -> dict[str, Any]:
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
         walls.append(time.perf_counter() - started_s)
     return {"best_wall_s": min(walls), "walls_s": walls}
-
-
-def _model(name: str) -> dict[str, Any]:
-    if name in RANDOM_SHAPES:
-        return RANDOM_SHAPES[name]
-    if name == EMBEDDED:
-        return json.loads((_embedded_folder() / "config.json").read_text(encoding="utf-8"))
-    return shape_config(name.removeprefix("shape:")).to_dict()
-
-
-def _embedded_folder() -> Path:
-    from composer_replication.training.embedded_model import embedded_model_dir
-
-    return embedded_model_dir()
 
 
 def _policy(case: StepCase, is_embedded: bool) -> torch.nn.Module:
@@ -211,24 +193,22 @@ def _allocator_peak_gib(case: StepCase) -> float:
     return gib(peak)
 
 
-def _words(options: dict[str, Any]) -> str:
-    return ", ".join(
-        key if value is True else f"{key} {value}"
-        for key, value in options.items()
-        if value not in (None, False)
-    )
-
-
-def _case_words(case: StepCase) -> str:
+def _settings(case: StepCase) -> dict[str, Any]:
+    """What of a case is not the default, its model aside."""
     names = [name for name in StepCase.__dataclass_fields__ if name != "model"]
     defaults = StepCase({})
-    return _words({n: getattr(case, n) for n in names if getattr(case, n) != getattr(defaults, n)})
+    found = {name: getattr(case, name) for name in names}
+    return {name: value for name, value in found.items() if value != getattr(defaults, name)}
+
+
+def _key(row: dict[str, Any]) -> str:
+    return json.dumps([row["model"], row["case"]], sort_keys=True)
 
 
 def main() -> None:
     """Write one part's results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["measured", "grid", "speed"])
+    parser.add_argument("part", choices=["measured", "grid", "peer", "speed"])
     parser.add_argument("--cpu-s", type=float, default=float("inf"), help="stop after this")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -236,19 +216,22 @@ def main() -> None:
     if options.part == "speed":
         path.write_text(json.dumps(simulation_seconds(), indent=1) + "\n", encoding="utf-8")
         return
+    if options.part == "peer":
+        simulate_peer(path)
+        return
     known: dict[str, dict[str, Any]] = {}
     if path.exists():
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        known = {f"{row['model']}: {row['case']}": row for row in rows}
+        known = {_key(row): row for row in rows}
     is_grid = options.part == "grid"
     make = grid_row if is_grid else measured_row
     for name, case in grid_cases() if is_grid else measured_cases():
-        words = _case_words(case)
-        key = f"{name}: {words}"
-        if time.process_time() > options.cpu_s and key not in known:
-            break
+        row: dict[str, Any] = {"model": name, "case": _settings(case)}
+        key = _key(row)
+        if key not in known and time.process_time() > options.cpu_s:
+            continue
         if is_grid or key not in known:
-            known[key] = {"model": name, "case": words} | make(name, case, known.get(key, {}))
+            known[key] = row | make(name, case, known.get(key, {}))
             print(json.dumps(known[key]), flush=True)
         path.write_text(json.dumps({"rows": [*known.values()]}, indent=1) + "\n", encoding="utf-8")
 

@@ -12,6 +12,7 @@ from typing import get_args
 
 from flaw_mutants import ERROR, load_flaws
 from performance_page import performance
+from plan_memory_page import memory_lines
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -29,6 +30,8 @@ FLAWS_BEGIN = "<!-- flaws: written by bench/render_docs.py -->"
 FLAWS_END = "<!-- flaws: end -->"
 NOTE_BEGIN = "<!-- note: written by bench/render_docs.py -->"
 NOTE_END = "<!-- note: end -->"
+MEMORY_BEGIN = "<!-- memory: written by bench/render_docs.py -->"
+MEMORY_END = "<!-- memory: end -->"
 SHIPPED_BEGIN = "<!-- shipped: written by bench/render_docs.py -->"
 SHIPPED_END = "<!-- shipped: end -->"
 
@@ -289,6 +292,7 @@ def planner(page: str) -> str:
     for begin, lines, end in (
         (NOTE_BEGIN, note_lines(), NOTE_END),
         (SHIPPED_BEGIN, shipped_lines(), SHIPPED_END),
+        (MEMORY_BEGIN, memory_lines(), MEMORY_END),
     ):
         before, rest = page.split(begin)
         _, after = rest.split(end)
