@@ -173,6 +173,8 @@ exit codes: 0 done, 2 your input
 SWEEP_HELP = """\
 usage: composer-replication sweep [-h] [--grid KEY=V1,V2] [--point KEY=V,KEY=V] [--seeds N]
                                   [--parallel N] [--set KEY=VALUE] [--out DIR] [--resume] [--json]
+                                  [--on WHERE] [--gpu NAME[:N]] [--budget USD] [--yes]
+                                  [--hub-secret NAME] [--ledger FILE]
                                   CONFIG.toml
 
 Runs CONFIG.toml at every point of a grid or a list, and ranks what came out.
@@ -185,11 +187,17 @@ options:
   --grid KEY=V1,V2     one axis; every combination of axes is run
   --point KEY=V,KEY=V  one point of a list, in place of --grid
   --seeds N            runs of each point, from the configuration's seed on; default 1
-  --parallel N         members at a time, as far as memory allows; default 1
+  --parallel N         members at a time, as far as memory allows; default 1, on modal all
   --set KEY=VALUE      set one key, such as sdpo.top_k=20; may be repeated
   --out DIR            run directory; default runs/<name>, numbered where that is taken
   --resume             go on in the run directory of --out, or in the latest of this name
   --json               print the summary as one JSON object on stdout, all else on stderr
+  --on WHERE           local: in a process of its own; modal: on a rented card
+  --gpu NAME[:N]       on modal: this card, such as L4 or H100!:2; default: the plan's
+  --budget USD         on modal: cap on the worst case, and the run's deadline
+  --yes                on modal: spend without asking
+  --hub-secret NAME    on modal: secret there that holds HF_TOKEN
+  --ledger FILE        on modal: accounts of jobs that share --budget
 
 Writes runs/<name>-sweep/: members/ with a run directory each, logs/, sweep.json (the table),
 report.html (the picture). A member that fails is retried once and stops no other. --resume runs

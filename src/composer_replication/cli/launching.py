@@ -26,7 +26,7 @@ def is_elsewhere(options: argparse.Namespace) -> bool:
     Raises:
         InputError: a place that does not exist, or options of Modal's without it.
     """
-    flags = [f"--{name.replace('_', '-')}" for name in _MODAL_NAMES if getattr(options, name)]
+    flags = [f"--{name.replace('_', '-')}" for name in _MODAL_NAMES if vars(options).get(name)]
     if flags and options.on != "modal":
         raise InputError(
             f"{flags[0]} says how a run is carried out on Modal, and --on modal is not given. "

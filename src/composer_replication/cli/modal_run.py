@@ -46,8 +46,9 @@ def run_on_modal(
     from composer_replication.launch.function_spec import function_spec
     from composer_replication.launch.records import LaunchRecord
 
-    plan = _plan(verb, options, config)
-    chosen = _chosen(plan, config)
+    plan = plan_on_modal(verb, options, config)
+    chosen = plan.chosen
+    assert chosen is not None, "a plan without a place was refused"
     job = _job(verb, options, config, overrides, chosen)
     spec = function_spec(job, hub_secret=options.hub_secret, region=config.modal.region)
     if options.dry_run:
@@ -79,9 +80,15 @@ def run_on_modal(
     return carry_out_on_modal(job, spec, record, detaches=options.detach, say=say)
 
 
-def _plan(
+def plan_on_modal(
     verb: Literal["smoke", "train"], options: argparse.Namespace, config: "RunConfig"
 ) -> "Plan":
+    """The plan of a run there, with a place chosen.
+
+    Raises:
+        BudgetError: every place is over the cap.
+        ConfigError: it fits nowhere, or the card cannot compute what the configuration asks for.
+    """
     from datetime import UTC, datetime
 
     from composer_replication.planner.calibration import measured_runs
@@ -103,7 +110,9 @@ def _plan(
     )
     today = datetime.now(UTC).date()
     runs = measured_runs(RUNS_FOLDER)
-    return make_plan(request, this_machine(), prices=current_prices(), today=today, runs=runs)
+    plan = make_plan(request, this_machine(), prices=current_prices(), today=today, runs=runs)
+    _refuse_no_place(plan, config)
+    return plan
 
 
 def _budget(text: str | None) -> float | None:
@@ -118,7 +127,7 @@ def _budget(text: str | None) -> float | None:
         ) from None
 
 
-def _chosen(plan: "Plan", config: "RunConfig") -> "Candidate":
+def _refuse_no_place(plan: "Plan", config: "RunConfig") -> None:
     from composer_replication.planner.decision import EXIT_OVER_CAP
 
     if plan.chosen is None:
@@ -127,7 +136,6 @@ def _chosen(plan: "Plan", config: "RunConfig") -> "Candidate":
         raise raised(f"{plan.decision.reason}{change} Nothing was sent.")
     if plan.chosen.place.gpu is not None:
         _refuse_without_bf16(plan.chosen.place.gpu, config)
-    return plan.chosen
 
 
 def _refuse_without_bf16(card: "Gpu", config: "RunConfig") -> None:
@@ -149,13 +157,25 @@ def _job(
     from composer_replication.launch.job import Job, new_job_id
 
     packed = bundle(options.config, overrides, config)
-    timeout_s, retries = chosen.timeout_s, config.modal.retries
-    return Job(
+    job = Job(
         job_id=new_job_id(config.name),
         verb=verb,
         arguments=packed.arguments,
         files=packed.files,
-        gpu=_card_name(options.gpu, chosen, is_measured=verb == "smoke"),
+    )
+    return with_limits(job, options.gpu, chosen, config)
+
+
+def with_limits(
+    job: "Job", asked_gpu: str | None, chosen: "Candidate", config: "RunConfig"
+) -> "Job":
+    """The job with the plan's card, time-out and deadline, and what `[modal]` asks for."""
+    from dataclasses import replace
+
+    timeout_s, retries = chosen.timeout_s, config.modal.retries
+    return replace(
+        job,
+        gpu=_card_name(asked_gpu, chosen, is_measured=job.verb == "smoke"),
         num_processes=max(chosen.place.num_gpus, 1),
         cpu_cores=config.modal.cpu_cores,
         memory_gib=chosen.memory_request_gib,

@@ -1,9 +1,13 @@
 """`sweep`: one configuration at many points, side by side, and what they found as one table."""
 
 import argparse
+import contextlib
 import sys
 from typing import TYPE_CHECKING
 
+from composer_replication.cli.launching import ON, is_elsewhere
+from composer_replication.cli.modal_run import MODAL_OPTIONS
+from composer_replication.cli.modal_sweep import modal_members, sweep_bill
 from composer_replication.cli.recorded_run import carry_out_in_run
 from composer_replication.cli.verb import (
     JSON,
@@ -53,8 +57,10 @@ def _sweep(options: argparse.Namespace) -> Answer:
         points=options.point,
         num_seeds=whole_number("--seeds", options.seeds, default=1),
     )
-    asked = whole_number("--parallel", options.parallel, default=1)
-    num_parallel = _slots(asked, members)
+    is_remote = is_elsewhere(options) and options.on == "modal"
+    asked = whole_number("--parallel", options.parallel, default=len(members) if is_remote else 1)
+    bill = sweep_bill(options, members) if is_remote else None
+    num_parallel = _slots(asked, members) if bill is None else bill.slots(asked)
     answers: list[str] = []
 
     def run_it(run: "RunDirectory", console: "Console") -> "Summary":
@@ -66,13 +72,17 @@ def _sweep(options: argparse.Namespace) -> Answer:
         )
 
         refuse_other_members(run, members)
-        summary = run_sweep(
-            members,
-            run,
-            console,
-            start=local_member(run.path, num_parallel),
-            num_parallel=num_parallel,
+        carrier = (
+            contextlib.nullcontext(local_member(run.path, num_parallel))
+            if bill is None
+            else modal_members(options, bill, run.path, num_parallel)
         )
+        summary: Summary | None = None
+        # Modal's client takes Ctrl-C for the wish to detach and would let it end in its own block.
+        with carrier as start, contextlib.suppress(KeyboardInterrupt):
+            summary = run_sweep(members, run, console, start=start, num_parallel=num_parallel)
+        if summary is None:
+            raise KeyboardInterrupt
         answers.append((run.path / REPORT_FILE).read_text(encoding="utf-8").rstrip())
         return summary
 
@@ -119,11 +129,15 @@ SWEEP = Verb(
         Option("--grid", "KEY=V1,V2", "one axis; every combination of axes is run", "repeated"),
         Option("--point", "KEY=V,KEY=V", "one point of a list, in place of --grid", "repeated"),
         Option("--seeds", "N", "runs of each point, from the configuration's seed on; default 1"),
-        Option("--parallel", "N", "members at a time, as far as memory allows; default 1"),
+        Option(
+            "--parallel", "N", "members at a time, as far as memory allows; default 1, on modal all"
+        ),
         SET,
         OUT,
         RESUME,
         JSON,
+        ON,
+        *(option for option in MODAL_OPTIONS if option.flag not in ("--dry-run", "--detach")),
     ),
     carry_out=_sweep,
     argument=Argument("config", "CONFIG.toml", is_required=True),

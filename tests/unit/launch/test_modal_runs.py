@@ -242,3 +242,20 @@ def test_an_id_that_nobody_launched_is_the_users_input(workplace, action):
     done = cli("runs", action, "nothing")
     assert done.returncode == 2
     assert "No launched job has the id 'nothing'" in done.stderr
+
+
+def test_a_sweep_runs_its_members_side_by_side_under_one_cap(platform, workplace):
+    sweep = ["sweep", "base.toml", "--grid", "alpha_sdpo=0,0.2", "--out", "s", "--on", "modal"]
+    refused = cli(*sweep, "--yes", "--budget", "0.01", platform=platform)
+    assert refused.returncode == 2
+    assert platform.calls == []
+    done = cli(*sweep, "--yes", "--budget", "50", platform=platform)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 members passed" in done.stdout
+    assert "2 at a time" in done.stdout
+    assert platform.definition().autoscaler_settings.max_containers == 2
+    accounts = Ledger(workplace / "s/ledger.json").accounts()
+    assert len(accounts) == 2
+    assert all(account.reserved_usd == 0 < account.usd for account in accounts.values())
+    report = json.loads((workplace / "s/sweep.json").read_text())
+    assert report["cost_usd"] == pytest.approx(sum(a.usd for a in accounts.values()), abs=1e-12)
