@@ -71,7 +71,10 @@ class SmokeChecks:
         rows_checks: list[Check] = []
         if "sdpo" in trainer.channel_weights:
             rows_checks = self._judge_rows()
-        packed = [check_packed(trainer, batches.latest.inputs)] if trainer.packing.is_on else []
+        packed: list[Check] = []
+        if trainer.packing.is_on:
+            last = {name: batch.inputs for name, batch in batches.last.items()}
+            packed = [check_packed(trainer, batches.latest.inputs, last)]
         self._judged_s = time.perf_counter() - started_s
         return [*channels, moved, *self._start.checks, *rows_checks, parity, *packed]
 

@@ -274,7 +274,17 @@ def test_a_packed_forward_at_another_temperature_is_found(judge, monkeypatch):
     plant(monkeypatch, packed, "score_packed", old, '"rollouts": 2.0')
     monkeypatch.setattr(packing, "score_packed", packed.score_packed)
     causes = failed(judge("tree=auto"), "packed_parity")
-    assert "of their norm" in causes["packed_parity"]
+    assert "of its norm" in causes["packed_parity"]
+
+
+def test_a_small_term_that_the_packed_forward_detaches_is_found(judge, monkeypatch):
+    """SDPO's weight is a tenth, so its gradient hardly shows in that of the whole loss."""
+    plant(monkeypatch, packed, "score_packed", "divergence=values.divergence",
+          "divergence=None if values.divergence is None else "
+          "values.divergence.detach().requires_grad_()")  # fmt: skip
+    monkeypatch.setattr(packing, "score_packed", packed.score_packed)
+    causes = failed(judge("tree=auto"), "packed_parity")
+    assert "The packed gradient of sdpo differs" in causes["packed_parity"]
 
 
 # ---- resume ---------------------------------------------------------------------------------
