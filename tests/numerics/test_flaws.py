@@ -80,6 +80,7 @@ KEY_CHANGES = {
     "batch.max_context_tokens": ("max_context_tokens", 77),
     "batch.truncation": ("truncation", "middle"),
     "batch.channel_schedule": ("channel_schedule", "alternate"),
+    "batch.tree_max_tokens": ("tree_max_tokens", 777),
 }
 COMPANIONS = {
     "sdpo.top_k_from": {"top_k": 3},

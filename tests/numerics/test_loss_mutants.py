@@ -204,8 +204,8 @@ SDPO = (
     mutant(
         "divergence",
         "entropy_multiplied_by_its_scale",
-        ".div_(-scale)",
-        ".mul_(-scale)",
+        ".div_(scale)",
+        ".mul_(scale)",
         sdpo_checks.equals_the_plain_python_oracle,
         sdpo_checks.a_token_counts_as_much_as_its_teacher_is_sure,
     ),

@@ -22,7 +22,6 @@ from composer_replication.experiments.channel_probe import (
 )
 from composer_replication.runs.summary import Check
 from composer_replication.step.hidden_states import in_eval_mode
-from composer_replication.step.separate import score_actions
 from composer_replication.traces.pairs import PreferencePair
 from composer_replication.training.trainer import ComposerReplicationTrainer
 
@@ -124,9 +123,11 @@ def _action_nats(
     inputs = record_inputs(trainer, pairs=pairs)
     with trainer.compute_loss_context_manager():
         model = cast(nn.Module, trainer.model_wrapped)
-        chosen = score_actions(model, inputs, "dpo_chosen")
-        rejected = score_actions(model, inputs, "dpo_rejected")
-    return [*chosen.tolist(), *rejected.tolist()]
+        needs = frozenset({"pairs"})
+        scores = trainer.packing(model, inputs, needs, trainer.step_settings, None)
+    assert scores.chosen_logp is not None
+    assert scores.rejected_logp is not None
+    return [*scores.chosen_logp.tolist(), *scores.rejected_logp.tolist()]
 
 
 def _stored_nats(pairs: Sequence[PreferencePair]) -> list[float]:

@@ -51,7 +51,7 @@ def references_for_run(
     without_adapters = hasattr(policy, "disable_adapter")
     scored, _ = with_references(
         pairs,
-        PolicyTeacher(policy, accelerator.autocast, without_adapters=without_adapters),
+        PolicyTeacher(policy, lambda: accelerator.autocast(), without_adapters=without_adapters),
         policy,
         collator,
         precision=f"{accelerator.mixed_precision}/{policy.dtype}/{executor}",

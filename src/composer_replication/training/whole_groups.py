@@ -5,11 +5,13 @@ micro-batches; advantages are computed before, so the order changes no loss.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-MicroBatches = list[dict[str, object]]
+MicroBatches = list[dict[str, Tensor]]
+"""As TRL declares them; a value may also be a list, a number or None."""
 
 
 def keep_groups_whole(micro_batches: MicroBatches) -> MicroBatches:
@@ -19,17 +21,18 @@ def keep_groups_whole(micro_batches: MicroBatches) -> MicroBatches:
     None) stay as they are.
     """
     first = micro_batches[0]
-    size = len(first["prompt_ids"])  # pyright: ignore[reportArgumentType]
+    size = len(first["prompt_ids"])
     prompts = [
         tuple(row.tolist())
         for batch in micro_batches
-        for row in torch.cat([batch["prompt_mask"], batch["prompt_ids"]], 1)  # pyright: ignore
+        for row in torch.cat([batch["prompt_mask"], batch["prompt_ids"]], 1)
     ]
     met = {prompt: place for place, prompt in reversed(list(enumerate(prompts)))}
     order = sorted(range(len(prompts)), key=lambda row: met[prompts[row]])
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
     columns = {name: [batch[name] for batch in micro_batches] for name in first}
-    return [{name: _rows(parts, chunk) for name, parts in columns.items()} for chunk in chunks]
+    whole = [{name: _rows(parts, chunk) for name, parts in columns.items()} for chunk in chunks]
+    return cast(MicroBatches, whole)
 
 
 def _rows(parts: Sequence[object], chunk: Sequence[int]) -> object:
