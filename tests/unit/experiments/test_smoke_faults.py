@@ -154,7 +154,7 @@ def test_invented_references_are_told_by_how_many_nats_they_are_off(smoke, monke
     assert "instead of 0.6931" in causes["dpo_reference"]
     shown = capsys.readouterr().out
     assert "check dpo_reference: " in shown
-    assert "checks  9 of 10 passed" in shown
+    assert "checks  10 of 11 passed" in shown
 
 
 def test_references_shifted_alike_keep_log_2_and_are_found_all_the_same(judge, monkeypatch):
@@ -191,7 +191,7 @@ def test_one_hint_for_every_site_is_found(judge, monkeypatch):
 def test_a_teacher_that_is_scored_on_the_students_rows_is_found(judge, monkeypatch):
     score = separate.score_hint_sites
 
-    def without_hint(model, tensors, settings, teacher):
+    def without_hint(model, tensors, settings, teacher, **options):
         rows = {
             "ctx_teacher_input_ids": tensors["input_ids"],
             "ctx_teacher_attention_mask": tensors["attention_mask"],

@@ -145,8 +145,10 @@ def test_a_measured_run_ends_with_the_weights_of_an_unmeasured_one(build):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_channels_gradients_add_up_to_the_gradient_of_the_step(build, case):
+    # Channels share one forward, and in half precision their joint backward rounds by itself.
+    rel = 1e-3 if case == "bf16" else 1e-6
     for row, norm in rows_and_norms(build(gradients_every=1, **(STRONG | CASES[case]))):
-        assert norm_of_the_sum(row) == pytest.approx(norm, rel=1e-6)
+        assert norm_of_the_sum(row) == pytest.approx(norm, rel=rel)
         assert sum(row[f"grad_share/{name}"] for name in CHANNELS) == pytest.approx(1, abs=1e-12)
         assert min(row[f"grad_norm/{name}"] for name in CHANNELS) > 0.01 * norm
 
