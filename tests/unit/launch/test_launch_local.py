@@ -60,7 +60,9 @@ def test_a_folder_with_results_is_refused_before_a_process_starts(workplace, cap
 
 def test_a_place_that_does_not_exist_is_the_users_input(workplace, capsys):
     assert main(["train", "base.toml", "--on", "mars"]) == 2
-    assert capsys.readouterr().err == ("error: --on is 'mars', which is no place. Known: local, modal.\n")
+    assert capsys.readouterr().err == (
+        "error: --on is 'mars', which is no place. Known: local, modal.\n"
+    )
 
 
 def test_cards_are_counted_as_a_run_would_see_them(monkeypatch):

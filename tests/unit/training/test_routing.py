@@ -1,5 +1,9 @@
 """Routing: failures train SDPO alone, successes train GRPO alone, and nothing is trained twice."""
 
+import collections
+import itertools
+from typing import ClassVar
+
 import pytest
 import torch
 from test_rollouts import ROWS, make_trainer
@@ -44,13 +48,15 @@ def test_a_rollout_leaves_grpo_only_where_sdpo_takes_one_of_its_turns():
 
 
 class SecondTrySucceeds:
-    """Every other episode ends well at its second action; the others fail twice."""
+    """Every other episode of a goal ends well at its second action; the others fail twice.
 
-    num_started = 0
+    Environments start side by side, so the order is that within a goal's group alone.
+    """
 
-    def reset(self, **row):
-        type(self).num_started += 1
-        self.succeeds = type(self).num_started % 2 == 0
+    num_started: ClassVar = collections.defaultdict(itertools.count)
+
+    def reset(self, *, goal, **row):
+        self.succeeds = next(self.num_started[goal]) % 2 == 1
         self.num_actions = 0
 
     def _step_text(self, action):
