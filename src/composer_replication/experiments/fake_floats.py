@@ -6,7 +6,7 @@ prefix) happens as in a real step, and nothing asks a fake tensor for a number t
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class FakeFloatsMemory(TensorMemory):
         if any(isinstance(tensor, FakeTensor) for tensor in inputs):
             if func is torch.ops.prim.device.default:
                 # Autograd asks at every node; the full way round takes most of a simulation.
-                return inputs[0].fake_device
+                return cast(FakeTensor, inputs[0]).fake_device
             return self._fake.__torch_dispatch__(func, (), args, kwargs)
         if inputs or func.namespace != "aten":
             return func(*args, **kwargs)

@@ -208,13 +208,15 @@ class ComposerReplicationTrainer(GRPOTrainer):
         """TRL's micro-batch with the tensors of the extra channels beside it."""
         generation = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self.packing.is_on and self._buffered_inputs is not generation:
-            self._buffered_inputs = keep_groups_whole(self._buffered_inputs)
-            inputs = self._buffered_inputs[self._step % len(self._buffered_inputs)]
+        buffered = self._buffered_inputs
+        if self.packing.is_on and buffered is not None and buffered is not generation:
+            whole = keep_groups_whole(buffered)
+            self._buffered_inputs = cast(list[Inputs] | None, whole)
+            inputs = whole[self._step % len(whole)]
         if not self._plan or not self._is_training:
             return inputs
-        micro_batch = self._plan[self._step % len(self._plan)]
-        return {**inputs, **micro_batch.inputs(self.accelerator.device)}
+        part = self._plan[self._step % len(self._plan)].inputs(self.accelerator.device)
+        return {**inputs, **part}
 
     def _compute_loss(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """TRL's loss plus each scheduled channel times its weight.
@@ -302,10 +304,9 @@ class ComposerReplicationTrainer(GRPOTrainer):
         """A channel's sum times ranks over its count in the whole optimizer step."""
         settings, teacher = self.step_settings, self._open_teacher
         sums = channel_sums(model, inputs, (name,), settings, teacher, executor=self.packing)
-        part = sums[name]
-        count = float(inputs[f"{name}_step_count"])
-        self._record_channel_metrics(part)
-        return part.loss_sum * self.accelerator.num_processes / max(count, 1.0)
+        self._record_channel_metrics(sums[name])
+        count = max(float(inputs[f"{name}_step_count"]), 1.0)
+        return sums[name].loss_sum * self.accelerator.num_processes / count
 
     def _route(self, inputs: list[dict[str, object]], output: Inputs) -> list[HintSite]:
         """The error turns that SDPO takes; under routing their rollouts leave GRPO."""
