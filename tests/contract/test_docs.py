@@ -18,6 +18,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 sys.path.insert(0, str(ROOT / "bench"))
 render_docs = importlib.import_module("render_docs")
+evidence_page = importlib.import_module("evidence_page")
 
 
 def code_blocks(language):
@@ -50,6 +51,11 @@ def test_every_figure_of_the_measurements_page_comes_from_a_stored_result():
 
 def test_every_figure_of_the_performance_page_comes_from_a_stored_result():
     assert (ROOT / "docs/performance.md").read_text() == render_docs.performance()
+
+
+def test_the_evidence_page_is_what_the_stored_results_say():
+    results = ROOT / "bench" / "results" / "evidence"
+    assert (ROOT / "docs/evidence.md").read_text() == evidence_page.page(results)
 
 
 def test_the_table_of_planted_flaws_is_what_the_stored_results_say():

@@ -246,7 +246,7 @@ class ApiDrift:
         except ToolError as error:
             raise self._refusal(error.kind, error.message, tool) from error
         if self._drift.needs_read_first(tool) and accepted["path"] not in self._files.read_paths:
-            raise self._refusal("not_read", "Read the file first.", "read")
+            raise self._refusal("not_read", 'Use the tool "read" first.', "read")
         content = self._files.run(accepted)
         self._grade_accepted(accepted)
         return content

@@ -47,6 +47,14 @@ POOLS: Mapping[str, ContentPool] = MappingProxyType(
             ),
             ("red", "blue", "green", "black", "white"),
         ),
+        "validation": ContentPool(
+            ("doc", "bin", "ext", "net"),
+            (
+                "anchor", "basket", "castle", "domain", "engraver", "falcon", "glyph", "harbor",
+                "island", "jacket", "kernel", "lantern",
+            ),
+            ("tall", "slim", "dark", "mild"),
+        ),
         "heldout": ContentPool(
             ("pkg", "api", "web", "sdk"),
             (

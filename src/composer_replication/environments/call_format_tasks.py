@@ -47,7 +47,7 @@ class FormatSpec:
 
     task_seed: int
     split: str = "train"
-    """Content pool: `train` or `heldout`."""
+    """Content pool: `train`, `validation` or `heldout`."""
     num_demos: int = 3
     """Calls shown before the request, 0 to 6."""
     num_matching_demos: int = 3

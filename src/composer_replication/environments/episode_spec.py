@@ -17,7 +17,7 @@ class EpisodeSpec:
 
     task_seed: int
     split: str = "train"
-    """Content pool: `train` or `heldout`."""
+    """Content pool: `train`, `validation` or `heldout`."""
     drift_seed: int = 0
     """0 is the shipped drift."""
     num_drifted_tools: int = len(TOOL_KEYS)

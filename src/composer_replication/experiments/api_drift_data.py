@@ -89,7 +89,7 @@ def _opening_errors(task: Task, drift: Drift, index: int, split: str) -> list[st
     if drift.rule_of(task.tool) is None:
         return []
     block = index // len(TOOL_KEYS)
-    if split == "heldout":
+    if split != "train":
         return [old_call]
     if block % 8 >= 6:
         return [_slip(task, drift, _SLIPS[index % len(_SLIPS)]), old_call]
@@ -199,14 +199,14 @@ def api_drift_rows(specs: Sequence[EpisodeSpec]) -> TaskRows:
     Episodes as trajectories are kept of the training split only.
     """
     drift = drift_from_seed(specs[0].drift_seed, specs[0].num_drifted_tools)
-    is_heldout = specs[0].split == "heldout"
-    tools = tuple(TOOL_KEYS) if is_heldout else pair_tools(drift)
+    is_unseen = specs[0].split != "train"
+    tools = tuple(TOOL_KEYS) if is_unseen else pair_tools(drift)
     episodes = [scripted_episode(spec, index) for index, spec in enumerate(specs)]
     return TaskRows(
         prompts=[{"prompt": e.task.prompt(), **asdict(e.spec)} for e in episodes],
         hint_sites=[site for episode in episodes if (site := hint_site(episode))],
         pairs=[pair for episode in episodes for pair in preference_pairs(episode, tools)],
-        episodes=[] if is_heldout else [trajectory(episode) for episode in episodes],
+        episodes=[] if is_unseen else [trajectory(episode) for episode in episodes],
         facts={
             "drift": [asdict(rule) for rule in drift.rules],
             "pair_tools": list(pair_tools(drift)),

@@ -27,7 +27,10 @@ from composer_replication.experiments.run_data import DATA_SCHEMA
 from composer_replication.experiments.task_rows import TaskRows, write_manifest, write_split
 from composer_replication.traces.json_lines import Row
 
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "validation", "heldout")
+"""Settings are chosen on `validation`, so that `heldout` is seen by the last measurement only."""
+WRITTEN_SPLITS = ("train", "heldout")
+"""Those that a data folder holds."""
 TASK_SEEDS_PER_SEED = 1000
 """Data of seed s uses the task seeds from 1000 s on."""
 
@@ -84,7 +87,7 @@ def task_rows(
 
     Args:
         name: of the task.
-        split: `train` or `heldout`.
+        split: `train`, `validation` or `heldout`.
         seed: which episodes; 0 or more.
         num_episodes: up to 1000; None: the task's own number.
         knobs: fields of the task's spec.
@@ -101,7 +104,8 @@ def task_rows(
             raise ConfigError(
                 f"The task {name} has no knob {knob!r}. {nearest(knob, task.knobs())}"
             )
-    count = task.num_episodes[split] if num_episodes is None else num_episodes
+    like = "heldout" if split == "validation" else split
+    count = task.num_episodes[like] if num_episodes is None else num_episodes
     if seed < 0:
         raise DataError(f"seed is {seed}; it must be 0 or more.")
     if not 1 <= count <= TASK_SEEDS_PER_SEED:
@@ -136,7 +140,7 @@ def write_task(
     """
     counts: dict[str, object] = {}
     facts: Row = {}
-    for split in SPLITS:
+    for split in WRITTEN_SPLITS:
         number = None if num_episodes is None else num_episodes[split]
         rows = task_rows(name, split, seed=seed, num_episodes=number, **knobs)
         counts[split] = write_split(folder if split == "train" else folder / split, rows)

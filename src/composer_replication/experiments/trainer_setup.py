@@ -108,7 +108,11 @@ def prepare(
 
 
 def build_trainer(
-    parts: RunParts, loaded: LoadedModel, callbacks: list[TrainerCallback]
+    parts: RunParts,
+    loaded: LoadedModel,
+    callbacks: list[TrainerCallback],
+    *,
+    trainer_class: type[ComposerReplicationTrainer] = ComposerReplicationTrainer,
 ) -> ComposerReplicationTrainer:
     """The trainer of a run, its references scored and its teacher made."""
     config = parts.config
@@ -126,7 +130,7 @@ def build_trainer(
     sites = fixed.hint_sites() if fixed else parts.data.hint_sites
     pairs = fixed.pairs() if fixed else parts.data.pairs
     try:
-        return ComposerReplicationTrainer(
+        return trainer_class(
             loaded.model,
             reward,
             parts.args,

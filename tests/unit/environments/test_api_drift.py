@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -230,10 +231,10 @@ def test_an_undrifted_tool_takes_the_old_call():
     assert environment.get_reward() == 1.0
 
 
-def test_the_two_pools_share_no_folder_stem_or_word():
-    train, heldout = POOLS["train"], POOLS["heldout"]
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(POOLS, 2)))
+def test_no_two_pools_share_a_folder_stem_or_word(one, other):
     for part in ("folders", "stems", "words"):
-        assert not set(getattr(train, part)) & set(getattr(heldout, part))
+        assert not set(getattr(POOLS[one], part)) & set(getattr(POOLS[other], part))
 
 
 def test_no_demonstration_is_about_the_target():

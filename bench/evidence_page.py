@@ -1,0 +1,170 @@
+"""docs/evidence.md and its curves, from the result files."""
+
+from pathlib import Path
+
+from composer_replication.experiments.evidence_arms import (
+    ARMS,
+    NUM_SEEDS_CONTROL,
+    NUM_SEEDS_MAIN,
+    SETTINGS,
+)
+from composer_replication.experiments.evidence_report import Cell, load_cells, table, verdicts
+from composer_replication.experiments.hint_controls import CONTROLS
+
+TITLES = {
+    "api_drift": "Task A: API drift, from a cold start",
+    "call_format": "Task B: call format, fair to GRPO",
+}
+
+INTRO = """# Evidence
+
+Does training make the model better, and is it the hints that do it? Every figure on this page
+comes from `bench/results/evidence/`, one file a run; `python bench/evidence.py --max-runs 1`
+makes the next one that is missing and writes this page again. The model is
+SmolLM2-135M-Instruct, every weight trained in fp32 or bf16, on the machine that each file
+names.
+
+- All arms of a task have the same settings, prompts, seeds and number of rollouts, so they
+  sample the same number of episodes; tokens differ with how long the episodes are, and are in
+  the table. Error turns of a rollout are the only hint sites: no arm samples anything besides.
+- Settings were chosen on a validation split whose files, folders and words are in neither of
+  the other two. Nothing was chosen on the held-out split. No held-out string is in a hint, a
+  pair or a prompt of training. docs/log.md holds the trials.
+- *greedy* and *at T = 1*: exact success on held-out prompts, the first action right and the
+  request carried out. The interval is 95 %: over seeds (Student's t) where there are three or
+  more, else over prompts (Wilson), which says nothing about other seeds.
+- *rules with pairs*: held-out success on tools whose rule some training pair shows; *rules
+  without*: on tools that only hints and rewards tell about.
+- *old convention*: success when a prompt asks for the convention from before the drift, in an
+  environment that keeps it. *nats a token*: loss on everyday replies, and its change from the
+  base.
+"""
+
+LIMITS = """## What this can and cannot show
+
+- It shows whether a dense channel moves a small model where the outcome reward alone cannot,
+  under one budget of rollouts, and whether that needs the right hint. It does not show that the
+  same holds for a model that can already explore: SDPO is reported to fall behind GRPO on
+  Qwen2.5-1.5B, to be level at 0.6B and to gain with size from there (arXiv:2601.20802).
+- Task A is built so that GRPO starts without a right answer to reinforce: the new convention is
+  in no prompt. A policy that never samples a right call gives GRPO nothing; that is the case
+  dense channels are for, and it is not the usual case.
+- A DPO pair's chosen side holds the answer, a hint does not. That is why pairs cover only every
+  second rule: columns *rules with pairs* and *rules without* tell the channels apart.
+- Tasks are procedural and short: eight tools, calls of some 25 tokens, one or two turns. They
+  say nothing about long episodes or about code.
+- The hints are written by the environment, which knows the rule. A weaker source of hints would
+  teach less.
+"""
+
+
+def page(results: Path) -> str:
+    """The text of docs/evidence.md."""
+    cells, stale = load_cells(results)
+    lines = [INTRO]
+    lines += ["## Claims", "", *verdicts(cells), ""]
+    if not cells:
+        lines += ["No run is in the table yet, so nothing here is a result.", ""]
+    lines += [f"Not measured yet: {_missing(cells)}.", ""]
+    for task, title in TITLES.items():
+        own = [cell for cell in cells if cell.task == task and cell.drift == 0]
+        lines += [f"## {title}", "", _settings(task), ""]
+        if own:
+            lines += [*table(own), "", f"![held-out success]({plot_name(task)})", ""]
+        for drift in sorted({c.drift for c in cells if c.task == task and c.drift}):
+            other = [cell for cell in cells if cell.task == task and cell.drift == drift]
+            lines += [f"Drift {drift}:", "", *table(other), ""]
+    lines += ["## Arms", "", "| arm | differs from GRPO + SDPO + DPO in |", "| --- | --- |"]
+    lines += [f"| {arm.title} | {_difference(name)} |" for name, arm in ARMS.items()]
+    lines += ["", LIMITS]
+    if stale:
+        lines += [f"Results of other settings, not counted: {', '.join(stale)}.", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def plot_name(task: str) -> str:
+    """The curve's file, beside the page."""
+    return f"evidence_{task}.svg"
+
+
+def write_page(results: Path, docs: Path) -> None:
+    """Write the page, and the curves of the tasks that have any."""
+    (docs / "evidence.md").write_text(page(results))
+    cells, _ = load_cells(results)
+    for task in TITLES:
+        own = [cell for cell in cells if cell.task == task and cell.drift == 0]
+        if own:
+            plot(own, docs / plot_name(task))
+
+
+def plot(cells: list[Cell], path: Path) -> None:
+    """Held-out success over sampled tokens: a line an arm, a band from worst to best seed."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = "evidence"
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for cell in cells:
+        by_step: dict[int, list[tuple[float, float]]] = {}
+        for result in cell.results:
+            for point in result["curve"]:
+                pair = (point["generated_tokens"], point["heldout_success"])
+                by_step.setdefault(point["step"], []).append(pair)
+        # A step that some seed has not measured would move the band, not the arm.
+        whole = [p for _, p in sorted(by_step.items()) if len(p) == len(cell.results)]
+        if not whole:
+            continue
+        tokens = [0.0, *(sum(t for t, _ in points) / len(points) for points in whole)]
+        rates = [[0.0], *([rate for _, rate in points] for points in whole)]
+        if cell.task != "api_drift":
+            tokens, rates = tokens[1:], rates[1:]
+        means = [sum(values) / len(values) for values in rates]
+        (line,) = axes.plot(tokens, means, marker="o", ms=3, label=ARMS[cell.arm].title)
+        low, high = [min(values) for values in rates], [max(values) for values in rates]
+        axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.15, lw=0)
+    axes.set_xlabel("tokens sampled in rollouts")
+    axes.set_ylabel("held-out success, greedy")
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend(fontsize=7, frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _settings(task: str) -> str:
+    settings = SETTINGS[task]
+    grpo, sdpo = settings.config["grpo"], settings.config["sdpo"]
+    assert isinstance(grpo, dict)
+    assert isinstance(sdpo, dict)
+    size = int(grpo["per_device_train_batch_size"])
+    divergence = {0.0: "KL(teacher || policy)", 1.0: "KL(policy || teacher)"}
+    return (
+        f"{grpo['max_steps']} steps of {size} rollouts "
+        f"({size // int(grpo['num_generations'])} prompts "
+        f"x {grpo['num_generations']}), T = {grpo['temperature']}, learning rate "
+        f"{grpo['learning_rate']}, alpha_sdpo {settings.config['alpha_sdpo']}, beta_replay "
+        f"{settings.config['beta_replay']}, teacher `{settings.config['teacher']}`, SDPO with "
+        f"{divergence.get(sdpo['beta'], 'JSD')} and hints placed `{sdpo['hint_placement']}`; "
+        f"{settings.num_heldout} held-out prompts, {settings.num_curve} at each point of the curve."
+    )
+
+
+def _difference(name: str) -> str:
+    arm = ARMS[name]
+    if not arm.is_trained:
+        return "not trained"
+    parts = [f"`{key} = 0`" for key in arm.switches_off]
+    if arm.teacher:
+        parts.append(f'`teacher = "{arm.teacher}"`')
+    if arm.control:
+        parts.append(CONTROLS[arm.control])
+    return ", ".join(parts) or "nothing"
+
+
+def _missing(cells: list[Cell]) -> str:
+    have = {(cell.task, cell.arm): len(cell.results) for cell in cells if cell.drift == 0}
+    main = ("base", "all", "grpo", "sdpo", "dpo")
+    wanted = {(task, arm): NUM_SEEDS_MAIN for task in TITLES for arm in main}
+    controls = [arm for arm in ARMS if arm not in main]
+    wanted |= {("api_drift", arm): NUM_SEEDS_CONTROL for arm in controls}
+    lacking = sum(max(0, number - have.get(key, 0)) for key, number in wanted.items())
+    return f"{lacking} of {sum(wanted.values())} runs" if lacking else "nothing"

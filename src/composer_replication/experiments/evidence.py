@@ -1,0 +1,272 @@
+"""One run of the evidence: data from its seed, training as its arm says, held-out measurements.
+
+    result = run_evidence(EvidenceRun("api_drift", "all", seed=0), Path("runs/evidence"), print)
+
+Every arm of a task has the same settings, data, number of rollouts and order of prompts.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from composer_replication.config.loading import dump_config
+from composer_replication.config.run_config import RunConfig
+from composer_replication.environments.api_drift_tasks import task_from_seed
+from composer_replication.experiments.evaluate import EvaluationResult, evaluate
+from composer_replication.experiments.evidence_arms import (
+    ARMS,
+    DPO,
+    SDPO,
+    SETTINGS,
+    Arm,
+    EvidenceRun,
+    TaskSettings,
+    fingerprint,
+)
+from composer_replication.experiments.forgetting_probe import old_convention_rows, text_loss
+from composer_replication.experiments.hint_controls import (
+    ControlledHintsTrainer,
+    HintControl,
+    empty,
+    shuffled,
+    wrong,
+)
+from composer_replication.experiments.quiet_libraries import quiet_libraries, without_printed_logs
+from composer_replication.experiments.run_data import DATA_SCHEMA
+from composer_replication.experiments.task_registry import task_rows
+from composer_replication.experiments.task_rows import TaskRows, write_manifest, write_split
+from composer_replication.experiments.trainer_setup import (
+    build_trainer,
+    device,
+    device_label,
+    load_run_model,
+    prepare,
+)
+from composer_replication.runs.run_directory import RunDirectory
+from composer_replication.traces.json_lines import Row
+from composer_replication.training.metrics import StepMetricsCallback, peak_gib
+from composer_replication.training.model_source import LoadedModel
+from composer_replication.training.trainer import ComposerReplicationTrainer
+
+RESULT_SCHEMA = 1
+SAMPLED_TEMPERATURE = 1.0
+Say = Callable[[str], None]
+
+
+@quiet_libraries()
+def run_evidence(
+    run: EvidenceRun, runs_dir: Path, say: Say, settings: TaskSettings | None = None
+) -> Row:
+    """Train and measure one run; returns what its result file holds.
+
+    Args:
+        run: which.
+        runs_dir: gets a run directory named after it, which replaces an older one.
+        say: receives one line a step.
+        settings: None: the task's own.
+    """
+    started_s = time.perf_counter()
+    settings = settings or SETTINGS[run.task]
+    arm = ARMS[run.arm]
+    knobs = {**settings.knobs, **({"drift_seed": run.drift} if run.drift else {})}
+    train = task_rows(run.task, "train", seed=run.seed, num_episodes=settings.num_train, **knobs)
+    heldout = task_rows(
+        run.task, "heldout", seed=run.seed, num_episodes=settings.num_heldout, **knobs
+    )
+    folder = runs_dir / run.key
+    _write_data(folder / "data", run, train)
+    config = run_config(run, settings, str(folder / "data"))
+    with RunDirectory.create(_fresh(folder / "run"), resume=False) as directory:
+        directory.write_config(dump_config(config))
+        parts = prepare(config, directory, overrides={})
+        loaded = load_run_model(parts, on_progress=say)
+        curve: list[Row] = []
+        train_s = 0.0
+        if arm.is_trained:
+            metrics = StepMetricsCallback(
+                device(), directory.append_metrics, lambda row: say(_line(row))
+            )
+            points = _Curve(loaded, run, heldout, settings, metrics, curve)
+            trainer_class = ControlledHintsTrainer if arm.control else ComposerReplicationTrainer
+            trainer = build_trainer(parts, loaded, [metrics, points], trainer_class=trainer_class)
+            if isinstance(trainer, ControlledHintsTrainer):
+                trainer.hint_control = _control(arm, train, run.seed)
+            without_printed_logs(trainer)
+            train_started_s = time.perf_counter()
+            trainer.train()
+            train_s = time.perf_counter() - train_started_s - points.spent_s
+            curve_tokens = points.generated_tokens
+        else:
+            curve_tokens = 0
+        result = {
+            "schema": RESULT_SCHEMA,
+            **dataclasses.asdict(run),
+            "settings": fingerprint(run.task, arm, settings),
+            "model": loaded.label,
+            "device": device_label(),
+            "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+            "steps": int(config.grpo.get("max_steps", 0)) if arm.is_trained else 0,  # pyright: ignore[reportArgumentType]
+            "generated_tokens": curve_tokens,
+            "curve": curve,
+            "pair_tools": heldout.facts.get("pair_tools", []),
+            **_measured(loaded, run, heldout),
+            "train_s": round(train_s, 1),
+            "total_s": round(time.perf_counter() - started_s, 1),
+            "peak_gib": round(peak_gib(device()), 2),
+        }
+    say(f"done  {run.key}  greedy {_rate(result):.0%}  {result['total_s']} s")
+    return result
+
+
+def run_config(run: EvidenceRun, settings: TaskSettings, data: str) -> RunConfig:
+    """The task's configuration with what the arm switches off."""
+    arm = ARMS[run.arm]
+    changes: dict[str, object] = dict.fromkeys(arm.switches_off, 0.0)
+    if arm.teacher is not None:
+        changes["teacher"] = arm.teacher
+    assert changes.keys() <= {SDPO, DPO, "teacher"}
+    values = {**settings.config, **changes, "name": run.key, "seed": run.seed, "data": data}
+    return RunConfig.model_validate(values)
+
+
+def _fresh(folder: Path) -> Path:
+    """The folder, without what an interrupted run left there."""
+    for path in sorted(folder.rglob("*"), reverse=True) if folder.exists() else []:
+        path.rmdir() if path.is_dir() else path.unlink()
+    return folder
+
+
+def _write_data(folder: Path, run: EvidenceRun, train: TaskRows) -> None:
+    """Prompts and pairs, no hint sites: those are the error turns of rollouts.
+
+    At given sites the SDPO arms would sample actions, and so more tokens than the others.
+    """
+    write_split(folder, dataclasses.replace(train, hint_sites=[], episodes=[]))
+    (folder / "hint_sites.jsonl").unlink()
+    write_manifest(folder, {"schema": DATA_SCHEMA, "task": run.task, "seed": run.seed})
+
+
+def _control(arm: Arm, train: TaskRows, seed: int) -> HintControl:
+    if arm.control == "shuffled":
+        return shuffled([site.hint for site in train.hint_sites], seed)
+    return {"wrong": wrong, "empty": empty}[str(arm.control)]
+
+
+class _Curve(TrainerCallback):
+    """Success on the first held-out prompts every few steps; nothing is decided by it."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        run: EvidenceRun,
+        heldout: TaskRows,
+        settings: TaskSettings,
+        metrics: StepMetricsCallback,
+        points: list[Row],
+    ) -> None:
+        self._loaded, self._run, self._settings = loaded, run, settings
+        self._rows = heldout.prompts[: settings.num_curve]
+        self._metrics, self._points = metrics, points
+        self.spent_s = 0.0
+
+    @property
+    def generated_tokens(self) -> int:
+        """Sampled in rollouts so far."""
+        return sum(int(float(row["tokens/grpo"] or 0)) for row in self._metrics.rows)
+
+    def on_log(
+        self, args: object, state: object, control: object, logs: object = None, **kwargs: object
+    ) -> None:
+        del args, state, control, kwargs
+        rows = self._metrics.rows
+        if not isinstance(logs, Mapping) or "loss" not in logs or len(rows) % self._every:
+            return
+        started_s = time.perf_counter()
+        result = _greedy(self._loaded, self._run.task, self._rows)
+        recent = rows[-self._every :]
+        self._points.append(
+            {
+                "step": rows[-1]["step"],
+                "generated_tokens": self.generated_tokens,
+                "heldout_success": result.success.rate,
+                "train_reward": sum(float(row["reward"] or 0) for row in recent) / len(recent),
+            }
+        )
+        self.spent_s += time.perf_counter() - started_s
+
+    @property
+    def _every(self) -> int:
+        return self._settings.curve_every
+
+
+def _greedy(loaded: LoadedModel, task: str, rows: Sequence[Row]) -> EvaluationResult:
+    model, tokenizer = _parts(loaded)
+    return evaluate(model, tokenizer, task, rows, decoding="greedy", is_bf16=_is_bf16())
+
+
+def _measured(loaded: LoadedModel, run: EvidenceRun, heldout: TaskRows) -> Row:
+    """Held-out success, greedy and sampled, and what may have been forgotten."""
+    model, tokenizer = _parts(loaded)
+    greedy = _greedy(loaded, run.task, heldout.prompts)
+    sampled = evaluate(
+        model,
+        tokenizer,
+        run.task,
+        heldout.prompts,
+        decoding="sampled",
+        temperature=SAMPLED_TEMPERATURE,
+        seed=run.seed,
+        is_bf16=_is_bf16(),
+    )
+    old_rows = old_convention_rows(run.task, heldout.prompts[:24])
+    old = _greedy(loaded, run.task, old_rows).success.rate if old_rows else None
+    return {
+        "greedy": _outcomes(greedy),
+        "sampled": _outcomes(sampled),
+        "tools": [_tool(run.task, row) for row in heldout.prompts],
+        "forgetting": {
+            "nats_per_token": text_loss(model, tokenizer, is_bf16=_is_bf16()).nats_per_token,
+            "old_convention": old,
+        },
+    }
+
+
+def _outcomes(result: EvaluationResult) -> Row:
+    return {
+        "outcomes": [int(outcome) for outcome in result.outcomes()],
+        "mean_reward": round(result.mean_reward, 4),
+        "error_kinds": result.error_kinds,
+    }
+
+
+def _tool(task: str, row: Row) -> str:
+    """Whose rule the prompt is about; empty where a task has no rules."""
+    if task != "api_drift":
+        return ""
+    return task_from_seed(cast(int, row["task_seed"]), str(row["split"])).tool
+
+
+def _parts(loaded: LoadedModel) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    return cast(nn.Module, loaded.model), loaded.tokenizer
+
+
+def _is_bf16() -> bool:
+    return device().type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def _line(row: Mapping[str, object]) -> str:
+    names = ("reward", "loss/sdpo", "loss/dpo", "step_s")
+    values = [f"{name} {float(row[name]):.3f}" for name in names if row.get(name) is not None]  # pyright: ignore[reportArgumentType]
+    return f"step {row['step']}  {'  '.join(values)}"
+
+
+def _rate(result: Row) -> float:
+    outcomes = cast(Mapping[str, list[int]], result["greedy"])["outcomes"]
+    return sum(outcomes) / len(outcomes)

@@ -1,0 +1,228 @@
+"""What the evidence compares: the arms, the tasks and their settings, and which run comes next.
+
+An arm differs from the others in the keys it lists and in nothing else; a task's settings are the
+same for every arm. Settings were chosen on the validation split, never on the held-out one.
+"""
+
+import dataclasses
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import xxhash
+
+from composer_replication.errors import ConfigError, nearest
+
+DPO = "beta_replay"
+SDPO = "alpha_sdpo"
+MAIN_ARMS = ("grpo", "sdpo", "dpo", "all")
+NUM_SEEDS_MAIN = 5
+NUM_SEEDS_CONTROL = 3
+TASKS = ("api_drift", "call_format")
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to train.
+
+    Example: `ARMS["grpo"].switches_off` -> `("alpha_sdpo", "beta_replay")`.
+    """
+
+    title: str
+    """As the table calls it."""
+    switches_off: tuple[str, ...] = ()
+    """Channel weights that are 0; the others are the task's."""
+    teacher: str | None = None
+    """None: the task's."""
+    control: str | None = None
+    """A key of `hint_controls.CONTROLS`; None: the hints of the environment."""
+    is_trained: bool = True
+
+
+ARMS: Mapping[str, Arm] = MappingProxyType(
+    {
+        "base": Arm("base model", is_trained=False),
+        "grpo": Arm("GRPO", (SDPO, DPO)),
+        "sdpo": Arm("GRPO + SDPO", (DPO,)),
+        "dpo": Arm("GRPO + DPO", (SDPO,)),
+        "all": Arm("GRPO + SDPO + DPO"),
+        "shuffled_hint": Arm("GRPO + SDPO, shuffled hints", (DPO,), control="shuffled"),
+        "wrong_hint": Arm("GRPO + SDPO, wrong hints", (DPO,), control="wrong"),
+        "live_teacher": Arm("GRPO + SDPO, live teacher", (DPO,), teacher="live"),
+        "ema_teacher": Arm("GRPO + SDPO, EMA teacher", (DPO,), teacher="ema"),
+        "kl_to_ema": Arm("GRPO + KL to the EMA", (DPO,), teacher="ema", control="empty"),
+    }
+)
+"""In the order of the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSettings:
+    """How one task is trained and measured, the same for every arm."""
+
+    knobs: Mapping[str, object]
+    """Of the task's spec."""
+    num_train: int
+    """Training prompts."""
+    num_heldout: int
+    """Held-out prompts of the last evaluation."""
+    num_curve: int
+    """The first so many of them at each point of the curve."""
+    curve_every: int
+    """Optimizer steps between two points."""
+    config: Mapping[str, object] = field(default_factory=dict[str, object])
+    """Keys of a run's file."""
+
+
+_GRPO: Mapping[str, object] = MappingProxyType(
+    {
+        "num_generations": 4,
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "max_completion_length": 84,
+        "temperature": 0.6,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+    }
+)
+
+SETTINGS: Mapping[str, TaskSettings] = MappingProxyType(
+    {
+        "api_drift": TaskSettings(
+            knobs={"num_spare_turns": 0},
+            num_train=128,
+            num_heldout=40,
+            num_curve=16,
+            curve_every=8,
+            config={
+                "model": "smollm2-135m",
+                "alpha_sdpo": 1.0,
+                "beta_replay": 0.25,
+                "teacher": "frozen",
+                "grpo": {**_GRPO, "learning_rate": 5e-5, "max_steps": 16},
+                "sdpo": {
+                    "beta": 0.0,
+                    "temperature": 0.6,
+                    "hint_placement": "restate",
+                    "sites_per_step": 16,
+                },
+                "dpo": {"pairs_per_step": 2},
+                "rollout": {"max_turns": 2, "max_action_tokens": 36},
+            },
+        ),
+        "call_format": TaskSettings(
+            knobs={},
+            num_train=126,
+            num_heldout=56,
+            num_curve=28,
+            curve_every=4,
+            config={
+                "model": "smollm2-135m",
+                "alpha_sdpo": 1.0,
+                "beta_replay": 0.25,
+                "teacher": "frozen",
+                "grpo": {**_GRPO, "learning_rate": 5e-5, "max_steps": 16},
+                "sdpo": {
+                    "beta": 0.0,
+                    "temperature": 0.6,
+                    "hint_placement": "restate",
+                    "sites_per_step": 16,
+                },
+                "dpo": {"pairs_per_step": 2},
+                "rollout": {"max_turns": 1, "max_action_tokens": 40},
+            },
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class EvidenceRun:
+    """One cell of the table for one seed.
+
+    Example: `EvidenceRun("api_drift", "all", 0).key` -> `"api_drift-all-s0"`.
+    """
+
+    task: str
+    arm: str
+    seed: int
+    drift: int = 0
+    """Of `api_drift`: 0 is the shipped drift."""
+
+    @property
+    def key(self) -> str:
+        """Names the run's result file."""
+        drift = f"-d{self.drift}" if self.drift else ""
+        return f"{self.task}-{self.arm}-s{self.seed}{drift}"
+
+
+def fingerprint(task: str, arm: Arm, settings: TaskSettings) -> str:
+    """A hash of all that a result depends on beside its seed; results of two are not mixed."""
+    facts = [task, dataclasses.asdict(arm), dataclasses.asdict(settings)]
+    text = json.dumps(facts, sort_keys=True, default=dict)
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
+def planned_runs() -> Iterator[EvidenceRun]:
+    """Every run of the table, the most telling first.
+
+    Task A under seed 0: the main arms, then the controls; task B under seed 0; further seeds.
+    """
+    controls = [arm for arm in ARMS if arm not in ("base", *MAIN_ARMS)]
+    first = ["base", "all", "grpo", "sdpo", "dpo"]
+    for arm in [*first, *controls]:
+        yield EvidenceRun("api_drift", arm, 0)
+    for arm in first:
+        yield EvidenceRun("call_format", arm, 0)
+    for seed in range(1, NUM_SEEDS_MAIN):
+        for task in TASKS:
+            arms = first + (controls if task == "api_drift" and seed < NUM_SEEDS_CONTROL else [])
+            for arm in arms:
+                yield EvidenceRun(task, arm, seed)
+
+
+def next_runs(done: Collection[str], only: Mapping[str, str]) -> list[EvidenceRun]:
+    """The runs that are still missing, in their order.
+
+    Args:
+        done: keys of the runs with a result.
+        only: `task`, `arm`, `seed`, `drift` -> the values asked for, comma-separated. Runs outside
+            the plan, such as another drift or a sixth seed, are made when they are asked for.
+
+    Raises:
+        ConfigError: an unknown filter, task or arm, or a seed that is no number.
+    """
+    known = {"task": TASKS, "arm": tuple(ARMS), "seed": None, "drift": None}
+    asked: dict[str, list[str]] = {}
+    for name, text in only.items():
+        if name not in known:
+            raise ConfigError(f"There is no filter {name!r}. {nearest(name, known)}")
+        asked[name] = text.split(",")
+        for value in asked[name]:
+            _check_value(name, value, known[name])
+    runs = list(planned_runs())
+    if "seed" in asked or "drift" in asked:
+        runs += [
+            EvidenceRun(task, arm, int(seed), int(drift))
+            for drift in asked.get("drift", ["0"])
+            for seed in asked.get("seed", ["0"])
+            for task in TASKS
+            for arm in ARMS
+            if task == "api_drift" or drift == "0"
+        ]
+    fits = [
+        run
+        for run in dict.fromkeys(runs)
+        if all(str(getattr(run, name)) in values for name, values in asked.items())
+    ]
+    return [run for run in fits if run.key not in done]
+
+
+def _check_value(name: str, value: str, known: tuple[str, ...] | None) -> None:
+    if known is None and not value.isdecimal():
+        raise ConfigError(
+            f"{name} is {value!r}; it is a number from 0 on. Give one, or several with commas."
+        )
+    if known is not None and value not in known:
+        raise ConfigError(f"There is no {name} {value!r}. {nearest(value, known)}")

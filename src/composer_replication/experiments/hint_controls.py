@@ -1,0 +1,92 @@
+"""Hints that should not teach: what an SDPO arm must lose with, if the hint is what teaches.
+
+Each control keeps the sites, their tokens and the teacher, and changes nothing but the hint.
+"""
+
+import json
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+from torch import Tensor
+
+from composer_replication.traces.hints import HintSite
+from composer_replication.training.trainer import ComposerReplicationTrainer
+
+HintControl = Callable[[Sequence[HintSite]], list[HintSite]]
+
+_TOOL = re.compile(r'"tool": "(\w+)"')
+_EXAMPLE = re.compile(r"\{.*\}")
+WRONG_KEYS = ("uri", "handle", "subject")
+"""Keys that no convention of a shipped task knows."""
+
+
+def shuffled(hints: Sequence[str], seed: int) -> HintControl:
+    """Give each site the hint of another tool: right words, for another turn.
+
+    Args:
+        hints: to draw from, such as those of the recorded hint sites.
+        seed: of the drawing.
+    """
+    rng = random.Random(f"shuffled-hints:{seed}")
+
+    def control(sites: Sequence[HintSite]) -> list[HintSite]:
+        return [replace(site, hint=rng.choice(_of_other_tools(hints, site))) for site in sites]
+
+    return control
+
+
+def _of_other_tools(hints: Sequence[str], site: HintSite) -> list[str]:
+    own = {*_TOOL.findall(site.hint), *_TOOL.findall(_last_shown_call(site))}
+    shown = {hint: {*_TOOL.findall(hint)} for hint in hints}
+    return [hint for hint in hints if shown[hint] and not own & shown[hint]]
+
+
+def _last_shown_call(site: HintSite) -> str:
+    """The call of the last demonstration, which is of the tool that the request asks for."""
+    return next((m.content for m in reversed(site.state) if m.role == "assistant"), "")
+
+
+def wrong(sites: Sequence[HintSite]) -> list[HintSite]:
+    """Give each site a hint of the same form that names a key which no tool has.
+
+    Example: `Hint: Use the key "uri". Example of a correct call: {"tool": "read", "uri": ...}`.
+    """
+    return [replace(site, hint=_wrong_hint(site.hint)) for site in sites]
+
+
+def _wrong_hint(hint: str) -> str:
+    found = _EXAMPLE.search(hint)
+    if found is None:
+        return f'Hint: Use the key "{WRONG_KEYS[0]}".'
+    call: Mapping[str, object] = json.loads(found[0])
+    old = next((key for key in call if key != "tool"), "tool")
+    # Always the same key for the same tool, so that it could be learned.
+    new = WRONG_KEYS[sum(map(ord, str(call.get("tool", "")))) % len(WRONG_KEYS)]
+    example = json.dumps({new if key == old else key: value for key, value in call.items()})
+    return f'Hint: Use the key "{new}".{hint[: found.start()].rpartition(".")[2]}{example}'
+
+
+def empty(sites: Sequence[HintSite]) -> list[HintSite]:
+    """No hint: SDPO is then a KL to the teacher's weights on the same tokens, and nothing else."""
+    return [replace(site, hint="") for site in sites]
+
+
+CONTROLS: Mapping[str, str] = MappingProxyType(
+    {
+        "shuffled": "the hint of another tool",
+        "wrong": "a hint of the same form that names a key no tool has",
+        "empty": "no hint at all",
+    }
+)
+
+
+class ControlledHintsTrainer(ComposerReplicationTrainer):
+    """The trainer with another hint at every site that SDPO takes."""
+
+    hint_control: HintControl
+
+    def _route(self, inputs: list[dict[str, object]], output: dict[str, Tensor]) -> list[HintSite]:
+        return self.hint_control(super()._route(inputs, output))

@@ -1,0 +1,81 @@
+"""A whole run of the evidence on a tiny model: data, training as the arm says, a result to keep."""
+
+import dataclasses
+import json
+
+import pytest
+
+from composer_replication.experiments.evidence import run_evidence
+from composer_replication.experiments.evidence_arms import ARMS, SETTINGS, EvidenceRun, fingerprint
+from composer_replication.runs.json_text import to_json_text
+
+
+@pytest.fixture
+def tiny_settings(tmp_path, tiny_llama, smollm2_tokenizer):
+    """The settings of task A, cut to one step of a tiny model."""
+    model = tmp_path / "model"
+    tiny_llama().save_pretrained(model)
+    smollm2_tokenizer.save_pretrained(model)
+    settings = SETTINGS["api_drift"]
+    grpo = {
+        **settings.config["grpo"],
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "bf16": False,
+    }
+    config = {**settings.config, "model": str(model), "grpo": grpo}
+    config["rollout"] = {"max_turns": 2, "max_action_tokens": 4}
+    return dataclasses.replace(
+        settings, num_train=8, num_heldout=8, num_curve=2, curve_every=1, config=config
+    )
+
+
+def run(arm, tmp_path, settings):
+    lines = []
+    folder = tmp_path / "runs"
+    result = run_evidence(EvidenceRun("api_drift", arm, 1), folder, lines.append, settings)
+    return json.loads(to_json_text(result)), lines, folder / f"api_drift-{arm}-s1"
+
+
+def test_a_run_trains_measures_and_says_what_it_was(tmp_path, tiny_settings):
+    result, lines, folder = run("all", tmp_path, tiny_settings)
+    assert (result["task"], result["arm"], result["seed"], result["drift"]) == (
+        "api_drift",
+        "all",
+        1,
+        0,
+    )
+    assert result["settings"] == fingerprint("api_drift", ARMS["all"], tiny_settings)
+    assert len(result["greedy"]["outcomes"]) == len(result["tools"]) == 8
+    assert set(result["greedy"]["outcomes"]) <= {0, 1}
+    assert len(set(result["tools"])) == 8
+    assert result["pair_tools"] == ["read", "delete", "write", "search"]
+    (point,) = result["curve"]
+    assert point["generated_tokens"] == result["generated_tokens"] > 0
+    assert result["forgetting"]["nats_per_token"] > 0
+    row = json.loads((folder / "run" / "metrics.jsonl").read_text())
+    assert row["tokens/sdpo"] > 0
+    assert row["pairs/dpo"] == 2
+    assert any(line.startswith("step 1  reward") for line in lines)
+    training = (folder / "data" / "prompts.jsonl").read_text()
+    assert '"split": "train"' in training
+    assert not (folder / "data" / "hint_sites.jsonl").exists()
+
+
+def test_the_base_is_measured_and_not_trained_and_an_interrupted_run_leaves_nothing(
+    tmp_path, tiny_settings
+):
+    left = tmp_path / "runs" / "api_drift-base-s1" / "run" / "metrics.jsonl"
+    left.parent.mkdir(parents=True)
+    left.write_text("half a row")
+    result, _, folder = run("base", tmp_path, tiny_settings)
+    assert (result["steps"], result["generated_tokens"], result["curve"]) == (0, 0, [])
+    assert not (folder / "run" / "metrics.jsonl").exists()
+
+
+def test_without_hints_an_untrained_policy_does_not_differ_from_its_ema(tmp_path, tiny_settings):
+    _, _, folder = run("kl_to_ema", tmp_path, tiny_settings)
+    row = json.loads((folder / "run" / "metrics.jsonl").read_text())
+    assert row["tokens/sdpo"] > 0
+    assert abs(row["loss/sdpo"]) < 1e-9
