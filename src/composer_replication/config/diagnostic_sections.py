@@ -59,3 +59,9 @@ class GuardsConfig(ConfigModel):
     non_finite_steps: int | None = Field(default=1, ge=0)
     """Steps in a row whose gradient norm was nan or infinite. Under fp16 at least 20, since its
     loss scaling finds its scale by overflowing. 0 or None: never stops."""
+    heldout_evaluations: int | None = Field(default=2, ge=0)
+    """Evaluations in a row whose held-out reward is under the best one by `heldout_drop` while the
+    training reward rose. A trainer in Python has them with `eval_dataset`. 0 or None: never
+    stops."""
+    heldout_drop: float = Field(default=0.1, ge=0)
+    """How far under the best evaluation counts as fallen, in units of the reward."""

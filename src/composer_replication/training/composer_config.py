@@ -129,6 +129,11 @@ class ComposerConfig(GRPOConfig):
     """Steps in a row in which every completion was cut off."""
     guard_non_finite_steps: int | None = 1
     """Steps in a row whose gradient norm is not finite; under fp16 at least 20."""
+    guard_heldout_evaluations: int | None = 2
+    """Evaluations in a row (of `eval_dataset`) under the best by guard_heldout_drop while the
+    training reward rose."""
+    guard_heldout_drop: float = 0.1
+    """Of the held-out reward."""
 
     def __post_init__(self) -> None:
         """Check our fields, then let TRL check its own."""
