@@ -26,6 +26,26 @@ def test_the_plain_loop_trains_all_three_channels_without_trl(monkeypatch, capsy
     assert all("sdpo +0." in line for line in (first, second))
 
 
+def test_the_learning_example_says_before_and_after_and_draws_its_curve(
+    monkeypatch, capsys, tmp_path, tiny_model_dir
+):
+    arguments = [
+        "--model",
+        str(tiny_model_dir),
+        "--steps",
+        "1",
+        "--curve-every",
+        "1",
+        "--heldout",
+        "8",
+    ]
+    run(monkeypatch, "learn_api_drift.py", *arguments, "--plot", str(tmp_path / "curve.svg"))
+    out = capsys.readouterr().out
+    assert "answered right at the first try: 0 of 8 -> 0 of 8" in out
+    assert "tools that none shows   0 of 4 -> 0 of 4" in out
+    assert (tmp_path / "curve.svg").read_text().lstrip().startswith("<?xml")
+
+
 def test_the_plain_loop_imports_no_trl_and_stays_short():
     source = (EXAMPLES / "plain_loop.py").read_text()
     assert "import trl" not in source
