@@ -27,9 +27,10 @@ names.
 - All arms of a task have the same settings, prompts, seeds and number of rollouts, so they
   sample the same number of episodes; tokens differ with how long the episodes are, and are in
   the table. Error turns of a rollout are the only hint sites: no arm samples anything besides.
-- Settings were chosen on a validation split whose files, folders and words are in neither of
-  the other two. Nothing was chosen on the held-out split. No held-out string is in a hint, a
-  pair or a prompt of training. docs/log.md holds the trials.
+- Settings are those of a few trials on training prompts and on a validation split, whose files,
+  folders and words are in neither of the other two; they were not searched for.
+  Nothing was chosen on the held-out split. No held-out string is in a hint, a pair or a prompt
+  of training. docs/log.md holds the trials.
 - *greedy* and *at T = 1*: exact success on held-out prompts, the first action right and the
   request carried out. The interval is 95 %: over seeds (Student's t) where there are three or
   more, else over prompts (Wilson), which says nothing about other seeds.
