@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import os
 import sys
 import time
 import traceback
@@ -72,9 +73,13 @@ def open_run(options: argparse.Namespace, name: str) -> "RunDirectory":
     Raises:
         RunDirectoryError: a folder that is in use or cannot be written.
     """
+    from composer_replication.runs.followed_run import FollowedRun
     from composer_replication.runs.run_directory import RunDirectory
     from composer_replication.runs.run_folders import claim_folder, latest_folder
 
+    if int(os.environ.get("RANK", "0")) > 0 and options.out is not None:
+        # Of several processes of one run the first has the lock and writes.
+        return FollowedRun(options.out)
     try:
         if options.out is not None:
             folder = options.out
@@ -113,9 +118,7 @@ def _run_and_record(
     from composer_replication.runs.summary import Summary
 
     started_s = time.perf_counter()
-    # What an earlier attempt left would be read as this one's end if this one is killed.
-    for stale in (run.summary_path, run.error_path):
-        stale.unlink(missing_ok=True)
+    run.forget_ending()
     try:
         with _memory_explained(config):
             summary = body()

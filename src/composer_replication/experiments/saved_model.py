@@ -13,7 +13,9 @@ def save_model(trainer: ComposerReplicationTrainer, run: RunDirectory) -> None:
     Written aside and renamed, so that a reader never loads half a model.
     """
     aside = run.model_dir.with_name(".model.incoming")
-    shutil.rmtree(aside, ignore_errors=True)
+    if trainer.accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(aside))
     assert trainer.model is not None
     if not trainer.accelerator.is_main_process:

@@ -121,6 +121,11 @@ class RunDirectory:
         """Per-token credit, one file for each step that asked for it."""
         return self.path / "credit"
 
+    def forget_ending(self) -> None:
+        """Remove how an earlier attempt ended: it would be read as this one's if it is killed."""
+        for stale in (self.summary_path, self.error_path):
+            stale.unlink(missing_ok=True)
+
     def write_config(self, text: str) -> None:
         """Replace `config.toml`."""
         write_text_atomically(self.config_path, text)

@@ -1,8 +1,10 @@
 """`--on local`: the command line's own processes, with training bodies that are sums."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 
 from composer_replication.cli import main
 from composer_replication.launch.local import num_local_gpus
@@ -69,3 +71,16 @@ def test_cards_are_counted_as_a_run_would_see_them(monkeypatch):
     for visible, count in (("", 0), ("-1", 0), ("2", 1), ("0,3", 2)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert num_local_gpus() == count
+
+
+def test_the_other_processes_of_a_run_read_its_folder_and_write_nothing(workplace):
+    command = [sys.executable, "-m", "composer_replication", "train", "base.toml", "--out", "run"]
+    environment = {**os.environ, "STAND_IN_STEP_S": "0.5"}
+    first = subprocess.Popen([*command, "--resume"], env={**environment, "RANK": "0"})
+    while not (workplace / "run" / "metrics.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    second = subprocess.run([*command, "--resume"], env={**environment, "RANK": "1"})
+    assert (second.returncode, first.wait()) == (0, 0)
+    rows = (workplace / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4]

@@ -38,7 +38,7 @@ def run_train(config, run, console, *, resume=False):
         value = (value * 1.37 + step) % 7
         run.append_metrics({"step": step, "loss": value, "reward": value / 7})
         print(f"step {step}", flush=True)
-        if step % config.grpo.get("save_steps", 2) == 0:
+        if os.environ.get("RANK", "0") == "0" and step % config.grpo.get("save_steps", 2) == 0:
             staged = staging_folder(run.checkpoints_dir) / f"checkpoint-{step}"
             staged.mkdir(parents=True, exist_ok=True)
             (staged / "state.json").write_text(json.dumps({"value": value}))
