@@ -31,8 +31,6 @@ count what each step computes, padding and full logits included; the last column
 alone allow.
 """
 
-GROWTH = "growth"
-
 
 def performance() -> str:
     """The page."""
@@ -40,10 +38,11 @@ def performance() -> str:
         path.stem.removeprefix("step_"): json.loads(path.read_text())
         for path in sorted(RESULTS.glob("step_*.json"))
     }
-    growth = reports.pop(GROWTH)
+    growth, memory = reports.pop("growth"), reports.pop("memory")
     timed = list(reports.values())
     lines = [HEAD, *ratio_lines(timed), *memory_lines(timed), *whole_lines(timed)]
-    return "\n".join([*lines, *growth_lines(growth), *equality_lines(timed)]) + "\n"
+    lines += [*growth_lines(growth), *counted_memory_lines(memory), *equality_lines(timed)]
+    return "\n".join(lines) + "\n"
 
 
 def table(before: list[str], heads: list[str], rows: list[str]) -> list[str]:
@@ -133,6 +132,26 @@ def growth_lines(growth: dict[str, Any]) -> list[str]:
             cells += [f"{ema['ratios'][name]:.2f}" for name in ("naive", "grpo_trl")]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return [*lines, ""]
+
+
+def counted_memory_lines(memory: dict[str, Any]) -> list[str]:
+    """Peaks counted on tensors without memory."""
+    names = list(memory["cases"][0]["peak_tensor_gib"])
+    rows = []
+    for case in memory["cases"]:
+        peaks = case["peak_tensor_gib"]
+        cells = [str(case[key]) for key in ("prefix", "rollouts", "action")]
+        cells += [f"{peaks[name]:.2f}" for name in names]
+        rows.append(f"| {' | '.join(cells)} | {peaks['naive'] / peaks['ours']:.2f} |")
+    before = [
+        "## Memory: counted",
+        "",
+        f"GiB that the tensors of a step take at its peak above the weights ({memory['model']},",
+        "fp32), gradients included, everything at once; by `python bench/step_memory.py --json`,",
+        "which runs the same steps on tensors without memory. On a tiny model the count equals real",
+        "tensors to the byte (a test).",
+    ]
+    return table(before, ["P", "G", "b", *names, "naive / ours"], rows)
 
 
 def whole_lines(reports: list[dict[str, Any]]) -> list[str]:

@@ -43,6 +43,7 @@ from composer_replication.step.packed import score_packed
 from composer_replication.training.model_source import LoadedModel, load_model
 from composer_replication.training.out_of_memory import is_out_of_memory
 from composer_replication.training.teacher import make_teacher
+from composer_replication.training.tensor_memory import tensors_in_memory
 
 NAMES = ("naive", "good", "grpo_trl", "grpo_ours", "ours")
 RATIOS = NAMES[:-1]
@@ -191,6 +192,8 @@ class Bench:
         self.workload = self.reference.workload
         self.steps = make_steps(args, loaded, self.setting)
         self.results: dict[str, Result] = {}
+        # Weights, those of the teacher, and the reference's gradients.
+        self.held = tensors_in_memory()
 
     def _autocast(self) -> AbstractContextManager[object]:
         is_bf16 = self.args.precision == "bf16"
@@ -220,7 +223,11 @@ class Bench:
             losses: list[float] = []
             try:
                 with memory_limit(self.limit_gib, self.device):
-                    peaks = peaks_of(lambda: losses.append(self.run(step, max_rows)), self.device)  # noqa: B023
+                    peaks = peaks_of(
+                        lambda: losses.append(self.run(step, max_rows)),  # noqa: B023
+                        self.device,
+                        self.held,
+                    )
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or max_rows == 1 or isinstance(step, OurStep):

@@ -109,11 +109,11 @@ class NaiveStep:
 
     def _sdpo(self, part: Workload) -> Tensor:
         ids, attention, scored = rows_of([(site.context, site.action) for site in part.sites])
-        policy = self._logits(ids, attention)[:, :-1][scored[:, 1:]].log_softmax(-1)
+        policy = self._logits(ids, attention)[_before(scored)].log_softmax(-1)
         ids, attention, scored = rows_of([(site.hinted, site.action) for site in part.sites])
         with torch.no_grad(), self._setting.teacher() as teacher_model:
             logits = self._logits(ids, attention, teacher_model)
-            teacher = logits[:, :-1][scored[:, 1:]].log_softmax(-1)
+            teacher = logits[_before(scored)].log_softmax(-1)
         half = torch.tensor(0.5, device=policy.device).log()
         mixture = torch.logaddexp(policy + half, teacher + half)
         kl = functools.partial(functional.kl_div, mixture, reduction="sum", log_target=True)
@@ -179,19 +179,19 @@ class GoodStep:
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
         head = output_head(self._setting.model)
-        targets = scored[:, 1:].to(hidden.device)
+        rows = _before(scored)
         logp = ChunkedLogProbFunction.apply(
-            hidden[:, : scored.shape[1] - 1][targets],
+            hidden[rows],
             head.weight,
             head.bias,
-            ids[:, 1:].to(hidden.device)[targets],
+            ids[:, 1:][rows].to(hidden.device),
             1.0,
             _CHUNKED_LOGPROB_CHUNK_SIZE,
             head.softcap,
             head.logit_scale,
             ("entropy",),
         )[0]
-        return logp.new_zeros(targets.shape).masked_scatter(targets, logp)
+        return logp.new_zeros(len(ids), ids.shape[1] - 1).index_put(rows, logp)
 
     def _sdpo(self, part: Workload, hidden: Tensor) -> Tensor:
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
@@ -205,8 +205,7 @@ class GoodStep:
         with torch.no_grad(), self._setting.teacher() as teacher_model:
             assert isinstance(teacher_model, PreTrainedModel)
             rows = [(site.hinted, site.action) for site in part.sites]
-            scored = rows_of(rows)[2][:, 1:].to(hidden.device)
-            teacher = self._hidden(rows, teacher_model)[:, :-1][scored]
+            teacher = self._hidden(rows, teacher_model)[_before(rows_of(rows)[2])]
             teacher_head = output_head(teacher_model)
         head = output_head(self._setting.model)
         divergence = ChunkedDivergenceFunction.apply(
@@ -334,6 +333,11 @@ def _student_row_of_sites(part: Workload) -> Iterator[int]:
 
 def _length(row: tuple[Ids, Ids]) -> int:
     return len(row[0]) + len(row[1])
+
+
+def _before(scored: Tensor) -> tuple[Tensor, ...]:
+    """Where the positions are whose output predicts the tokens of a `[B, T]` mask."""
+    return scored[:, 1:].nonzero(as_tuple=True)
 
 
 def _token_logp(logits: Tensor, ids: Tensor) -> Tensor:

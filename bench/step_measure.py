@@ -8,13 +8,14 @@ import ctypes
 import gc
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from composer_replication.training.tensor_memory import TensorMemory
 
@@ -60,8 +61,14 @@ def timed(run: Callable[[], object], device: torch.device) -> Seconds:
     return Seconds(time.perf_counter() - start, time.process_time() - start_processor)
 
 
-def peaks_of(run: Callable[[], object], device: torch.device) -> Peaks:
-    """What one run holds at most."""
+def peaks_of(run: Callable[[], object], device: torch.device, held: Iterable[Tensor]) -> Peaks:
+    """What one run holds at most.
+
+    Args:
+        run: the step.
+        device: that it runs on.
+        held: tensors that were there before; a view of one would count as new otherwise.
+    """
     # What stays is left out of later collections: walking all libraries takes a second each.
     gc.collect()
     gc.freeze()
@@ -74,10 +81,12 @@ def peaks_of(run: Callable[[], object], device: torch.device) -> Peaks:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before_gib = _status_gib("VmRSS")
-    with TensorMemory(held=()) as tensors:
+    tensors = TensorMemory(held=held)
+    held_bytes = tensors.live_bytes
+    with tensors:
         run()
     peak_gib = _status_gib("VmHWM")
-    return Peaks(peak_gib - before_gib, peak_gib, tensors.peak_bytes / _GIB)
+    return Peaks(peak_gib - before_gib, peak_gib, (tensors.peak_bytes - held_bytes) / _GIB)
 
 
 @contextmanager

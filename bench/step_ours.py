@@ -18,7 +18,7 @@ from torch import Tensor
 
 from composer_replication.batch.batches import Rollout
 from composer_replication.step.channels import CHANNELS as CHANNEL_TABLE
-from composer_replication.step.optimizer_step import channel_sums, total_loss
+from composer_replication.step.optimizer_step import channel_sums
 from composer_replication.step.scores import Executor
 from composer_replication.step.separate import score_separately
 
@@ -48,7 +48,12 @@ class OurStep:
             setting.own_teacher,
             executor=self._executor,
         )
-        return total_loss(sums, WEIGHTS, setting.counts)
+        # `total_loss` without its look at the value, which a tensor without memory does not have.
+        shares = [
+            WEIGHTS[name] * channel.loss_sum / max(setting.counts[name], 1)
+            for name, channel in sums.items()
+        ]
+        return torch.stack(shares).sum()
 
     def work(self, part: Workload) -> list[Forward]:
         """Each merged token once; a teacher with other weights has a tree of its own."""

@@ -10,17 +10,21 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from composer_replication.errors import ConfigError
 from composer_replication.step.separate import score_separately
 from composer_replication.step.trie import PrefixTree
 from composer_replication.training.model_source import load_model
+from composer_replication.training.tensor_memory import TensorMemory
+from composer_replication.units import gib
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests" / "numerics")]
 bench = importlib.import_module("step")
 ours = importlib.import_module("step_ours")
 growth = importlib.import_module("step_growth")
+memory = importlib.import_module("step_memory")
 flops = importlib.import_module("step_flops")
 workloads = importlib.import_module("step_workload")
 families = importlib.import_module("tiny_families")
@@ -100,6 +104,21 @@ def test_counted_flops_are_those_that_torch_counts(tiny_folder):
     # Eager attention computes the whole square of the causal half.
     work = flops.Forward(rows * tokens, rows * tokens**2, rows * tokens)
     assert flops.model_size(model).flops([work]) == counter.get_total_flops()
+
+
+def test_memory_counted_without_memory_is_what_real_tensors_take(tiny_folder):
+    loaded = load_model(tiny_folder)
+    workload = bench.make_workload(bench.parse_args(SMALL), loaded.model.config.vocab_size)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(loaded.model.config)
+    counted = memory.peak_gib(empty, workload)
+    setting = bench.make_setting(bench.parse_args(SMALL), loaded, workload, nullcontext)
+    for step in memory.steps_of(setting):
+        loaded.model.zero_grad(set_to_none=True)
+        with TensorMemory(held=loaded.model.parameters()) as real:
+            held_bytes = real.live_bytes
+            step.loss(memory.with_sampler(workload)).backward()
+        assert counted[step.name] == gib(real.peak_bytes - held_bytes), step.name
 
 
 def test_stored_growth_is_what_the_code_counts():

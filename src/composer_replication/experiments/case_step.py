@@ -104,7 +104,7 @@ class CaseStep:
         self.case = case
         self.tensors = tensors
         self.policy = policy
-        _materialize(policy)
+        materialize(policy)
         self.teacher: Teacher | None = None
         if case.num_sites:
             has_adapters = case.lora_r is not None
@@ -207,7 +207,7 @@ def wrapped_policy(case: StepCase, lm: PreTrainedModel) -> nn.Module:
     return policy
 
 
-def _materialize(model: nn.Module) -> None:
+def materialize(model: nn.Module) -> None:
     """Give each weight and buffer of the meta device memory, tied ones once."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
