@@ -148,8 +148,8 @@ def counted_memory_lines(memory: dict[str, Any]) -> list[str]:
         "",
         f"GiB that the tensors of a step take at its peak above the weights ({memory['model']},",
         "fp32), gradients included, everything at once; by `python bench/step_memory.py --json`,",
-        "which runs the same steps on tensors without memory. On a tiny model the count equals real",
-        "tensors to the byte (a test).",
+        "which runs the same steps on tensors without memory. On a tiny model the count equals",
+        "real tensors to the byte (a test).",
     ]
     return table(before, ["P", "G", "b", *names, "naive / ours"], rows)
 
