@@ -18,11 +18,13 @@ GRACE_S = 30.0
 POLL_S = 0.05
 
 _GUARD = """\
-import ctypes, os, sys
+import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, 15)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.execv(sys.argv[1], sys.argv[1:])
 """
 """Asks Linux to end the process (15 is SIGTERM) when its parent is gone (1 is PR_SET_PDEATHSIG),
+lets it hear of Ctrl-C again (a background job of a shell ignores that, and so would all it starts),
 then becomes the command. A program of its own, as code between fork and exec may not run beside
 threads."""
 

@@ -224,6 +224,14 @@ class FakeModal(api_grpc.ModalClientBase):
             metadata=pb.FunctionCallHandleMetadata(app_id="ap-1", function_id="fu-1"),
         )
 
+    def on_FunctionCallGetInfo(self, req):
+        """Whether the call has ended, however; the client stops its logs by it."""
+        result = self.inputs[req.function_call_id].result
+        has_ended = pb.InputCategoryInfo(total=int(result is not None))
+        return pb.FunctionCallGetInfoResponse(
+            info=pb.FunctionCallInfo(total_inputs=1, succeeded_inputs=has_ended)
+        )
+
     def on_VolumeCommit(self, req):
         """The request says which volume; its container is the one that sent its own token."""
         self._commit(self.sender, req.volume_id.removeprefix("vo-"))

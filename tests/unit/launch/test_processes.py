@@ -82,7 +82,24 @@ def test_a_killed_launcher_takes_its_process_with_it(tmp_path):
     wait_until(lambda: not is_running(pid))
 
 
-def test_ctrl_c_ends_the_process_once_and_is_reported():
+@pytest.fixture
+def hears_of_ctrl_c():
+    """This process, even where the shell that started it put it into the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_launcher_that_ignores_ctrl_c_can_still_end_what_it_starts():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        ending = run_process(SLEEPS, deadline_s=time.time() + 1.5)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (ending.cause, ending.wall_s < 20) == ("deadline", True)
+
+
+def test_ctrl_c_ends_the_process_once_and_is_reported(hears_of_ctrl_c):
     pids = []
     threading.Timer(0.4, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     ending = run_process(SLEEPS, on_start=pids.append)
