@@ -17,6 +17,7 @@ verbs:
   smoke    do the channels run end to end on my model; how much memory, how long a step
   plan     where to run it: memory, time and dollars in each place, before anything runs
   train    the run that a configuration file describes
+  evaluate does a model do the task on held-out episodes; before against after
   sweep    many runs of one configuration, side by side, and their ranked table
   runs     launched jobs: list, logs, cancel, fetch, resume
   report   what finished runs say: predicted against measured, or two side by side
@@ -27,6 +28,7 @@ examples:
   composer-replication smoke
   composer-replication smoke configs/smoke_qwen2.5_0.5b.toml --set alpha_sdpo=0.2 --json
   composer-replication train configs/train_qwen2.5_7b.toml --out runs/first
+  composer-replication evaluate runs/first --against Qwen/Qwen2.5-7B-Instruct
 
 exit codes: 0 done, 1 failed, 2 your input, 130 stopped with Ctrl-C
 Each verb has its own help: composer-replication VERB --help

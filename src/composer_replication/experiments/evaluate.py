@@ -31,6 +31,7 @@ SUCCESS_REWARD = 1.0 - 1e-6
 """Every task gives 1 for what was asked, summed up from tenths where it is graded."""
 MAX_TURNS = 8
 """More than any shipped task takes: its environment ends the episode."""
+MAX_ACTION_TOKENS = 48
 MAX_COMPLETION_TOKENS = 4096
 
 
@@ -97,6 +98,11 @@ class EvaluationResult:
         return sum(episode.num_tokens for episode in self.episodes)
 
     @property
+    def num_failed(self) -> int:
+        """Episodes that the environment could not judge; they count as not succeeded."""
+        return sum(episode.reward is None for episode in self.episodes)
+
+    @property
     def num_actions(self) -> int:
         """Actions that the model took."""
         return sum(episode.num_actions for episode in self.episodes)
@@ -111,7 +117,8 @@ def evaluate(
     decoding: Decoding,
     num_samples: int = 1,
     temperature: float = 1.0,
-    max_action_tokens: int = 48,
+    max_turns: int = MAX_TURNS,
+    max_action_tokens: int = MAX_ACTION_TOKENS,
     batch_size: int = 64,
     seed: int = 0,
     is_bf16: bool = False,
@@ -126,6 +133,7 @@ def evaluate(
         decoding: `greedy`, or `sampled` at `temperature`.
         num_samples: episodes of each row; greedy ones are all alike, so 1 is enough there.
         temperature: of sampled decoding.
+        max_turns: actions that an episode may take.
         max_action_tokens: where an action is cut.
         batch_size: contexts decoded at a time.
         seed: of sampled decoding.
@@ -135,7 +143,7 @@ def evaluate(
         DataError: a row that the environment refuses.
         RewardError: an environment that fails in every episode.
     """
-    rollouts = EnvironmentRollouts(environment_class(task), rows, max_turns=MAX_TURNS)
+    rollouts = EnvironmentRollouts(environment_class(task), rows, max_turns=max_turns)
     sampler = PolicySampler(model, tokenizer, decoding, temperature, batch_size)
     limits = Limits(
         max_action_tokens=max_action_tokens,

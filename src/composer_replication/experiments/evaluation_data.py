@@ -1,0 +1,120 @@
+"""What an evaluation plays: prompts of a shipped task's split, of a data folder, or of a run."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from composer_replication.config.execution_sections import SmokeConfig
+from composer_replication.config.loading import load_config
+from composer_replication.config.run_config import RunConfig
+from composer_replication.errors import ConfigError, DataError, InputError
+from composer_replication.experiments.evaluated_model import RUN_CONFIG
+from composer_replication.experiments.judge_checks import find_judge
+from composer_replication.experiments.run_data import load_run_data, shipped_data
+from composer_replication.experiments.task_registry import SPLITS, task_rows
+from composer_replication.traces.json_lines import Row
+from composer_replication.traces.pairs import PreferencePair
+
+HELDOUT_FOLDER = "heldout"
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationData:
+    """Prompts, their environment, and the pairs whose margin is measured.
+
+    Example: `task_data("call_format").label` -> `"call_format, heldout, seed 0"`.
+    """
+
+    label: str
+    """Where the prompts come from."""
+    task: str
+    """Name of the environment."""
+    prompts: list[Row]
+    pairs: list[PreferencePair]
+    max_turns: int | None = None
+    """Of a run's own episodes; None: until the environment ends them."""
+    max_action_tokens: int | None = None
+
+
+def task_data(
+    name: str,
+    *,
+    split: str = "heldout",
+    seed: int = 0,
+    num_episodes: int | None = None,
+    knobs: Mapping[str, object] | None = None,
+) -> EvaluationData:
+    """Episodes of a shipped task, made from their seeds.
+
+    Raises:
+        ConfigError: no such task, split or knob.
+        DataError: a number out of its range.
+    """
+    rows = task_rows(name, split, seed=seed, num_episodes=num_episodes, **(knobs or {}))
+    shown = "".join(f", {key}={value}" for key, value in (knobs or {}).items())
+    return EvaluationData(f"{name}, {split}, seed {seed}{shown}", name, rows.prompts, rows.pairs)
+
+
+def folder_data(folder: Path | None, split: str, config: RunConfig | None = None) -> EvaluationData:
+    """Episodes of a data folder: of its `heldout/`, or of the folder itself for `train`.
+
+    Args:
+        folder: None: the data that ships with the package.
+        split: `heldout` or `train`.
+        config: of the run whose environment and limits hold; None: those of the folder's manifest.
+
+    Raises:
+        DataError: no such folder or split, or a row that cannot be used.
+        ConfigError: nothing names an environment.
+    """
+    root = shipped_data() if folder is None else folder
+    if split not in (HELDOUT_FOLDER, "train"):
+        raise ConfigError(
+            f"--split is {split!r}; a data folder has {HELDOUT_FOLDER} and train. "
+            f"{'Other splits are made of a shipped task: give --task.' if split in SPLITS else ''}"
+        )
+    source = load_run_data(str(root))
+    data = source
+    if split == HELDOUT_FOLDER:
+        if not (root / HELDOUT_FOLDER).is_dir():
+            raise DataError(
+                f"{root} has no {HELDOUT_FOLDER}/ folder, so nothing in it was kept from training. "
+                f"Add {HELDOUT_FOLDER}/prompts.jsonl, or give --task to evaluate a shipped task."
+            )
+        data = load_run_data(str(root / HELDOUT_FOLDER))
+        if data.task is None:
+            data = dataclasses.replace(data, task=source.task)
+    settings = config or RunConfig()
+    if settings.rollout.reward is not None:
+        raise ConfigError(
+            f"The run is judged by the reward function {settings.rollout.reward}, and evaluate "
+            "plays environments. Give --task, or make the function an environment with one turn."
+        )
+    # The fixed shapes of a smoke are the smoke's alone.
+    find_judge(settings.model_copy(update={"smoke": SmokeConfig()}), data)
+    return EvaluationData(
+        f"{root}, {split}",
+        settings.rollout.environment or str(data.task),
+        data.prompts,
+        data.pairs,
+        max_turns=None if config is None else config.rollout.max_turns,
+        max_action_tokens=None if config is None else config.rollout.max_action_tokens,
+    )
+
+
+def run_data_of(place: str, split: str) -> EvaluationData:
+    """The held-out episodes of the run whose directory was given as the model.
+
+    Raises:
+        InputError: no run directory, so nothing says what to play.
+    """
+    path = Path(place).expanduser() / RUN_CONFIG
+    if not path.is_file():
+        raise InputError(
+            f"Nothing says what {place} is to do: --task names a shipped task, --data a folder of "
+            "yours, and a run directory as the model brings its own. Write for example "
+            f"composer-replication evaluate {place} --task api_drift."
+        )
+    config = load_config(path, [])
+    return folder_data(None if config.data is None else Path(config.data), split, config)
