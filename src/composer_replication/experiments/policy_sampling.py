@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from composer_replication.batch.render import end_of_turn_ids
 from composer_replication.step.hidden_states import causal_lm
 from composer_replication.training.action_sampling import SampledAction
+from composer_replication.training.shared_prefill import shared_prefill
 
 Decoding = Literal["greedy", "sampled"]
 
@@ -58,12 +59,13 @@ class PolicySampler:
             pad_token_id=pad,
             **(how if self.decoding == "sampled" else {"do_sample": False}),
         )
-        generate = cast(Callable[..., torch.Tensor], causal_lm(self.model).generate)
-        output = generate(
-            input_ids=torch.tensor(rows, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            generation_config=settings,
-        )
+        with shared_prefill(self.model):
+            generate = cast(Callable[..., torch.Tensor], causal_lm(self.model).generate)
+            output = generate(
+                input_ids=torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=settings,
+            )
         return [_until_end(row[width:], ends) for row in output.tolist()]
 
 

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from torch import nn
+
+from composer_replication.training.shared_prefill import shared_prefill
 from composer_replication.training.trl_hooks import GRPOTrainer
 
 
@@ -40,7 +43,7 @@ def sample_actions(
     try:
         # Autocast keeps its casts of the weights until the outermost context ends; without this
         # one it casts every weight again for each token (half of the decode time on CPU).
-        with trainer.accelerator.autocast():
+        with trainer.accelerator.autocast(), shared_prefill(cast(nn.Module, trainer.model)):
             # One completion a context: after the first turn each rollout has its own history.
             action_ids, logps = trainer._generate_single_turn(
                 list(contexts), None, {}, num_generations=1
