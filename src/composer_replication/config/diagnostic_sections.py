@@ -1,8 +1,19 @@
-"""The sections that watch a run: `[diagnostics]` measures channels, `[guards]` stops it."""
+"""The sections that watch a run: `[evaluation]`, `[diagnostics]` and `[guards]`."""
 
 from pydantic import Field
 
 from composer_replication.config.config_model import ConfigModel
+
+
+class EvaluationConfig(ConfigModel):
+    """`[evaluation]`: how a train run does on prompts that it is not trained on, while it runs."""
+
+    every_steps: int | None = Field(default=None, ge=0)
+    """Optimizer steps between two evaluations on the `heldout/` folder of the data, greedy; one
+    more before the first step and one after the last. They go into `heldout.jsonl`, to your
+    trackers and to `guards.heldout_evaluations`. 0 or None: never."""
+    prompts: int = Field(default=32, ge=1)
+    """Of the held-out split, the first so many are played each time."""
 
 
 class DiagnosticsConfig(ConfigModel):
@@ -53,6 +64,12 @@ class GuardsConfig(ConfigModel):
     stops."""
     short_tokens: float = Field(default=2.0, ge=0)
     """Tokens of a completion, its end-of-turn token included, that count as none at all."""
+    repetition_steps: int | None = Field(default=50, ge=0)
+    """Steps in a row whose completions repeated at least `repetition_share` of their 4-grams, on
+    average. 0 or None: never stops."""
+    repetition_share: float = Field(default=0.5, ge=0)
+    """Share of a completion's 4-grams that it had said before: 0 for a JSON call, near 1 for a
+    loop. Raise it where long answers repeat themselves by right, as tables do."""
     cut_off_steps: int | None = Field(default=200, ge=0)
     """Steps in a row in which every completion was cut off at its token limit. 0 or None: never
     stops."""
@@ -61,7 +78,7 @@ class GuardsConfig(ConfigModel):
     loss scaling finds its scale by overflowing. 0 or None: never stops."""
     heldout_evaluations: int | None = Field(default=2, ge=0)
     """Evaluations in a row whose held-out reward is under the best one by `heldout_drop` while the
-    training reward rose. A trainer in Python has them with `eval_dataset`. 0 or None: never
-    stops."""
+    training reward rose. `evaluation.every_steps` makes them; a trainer in Python has them with
+    `eval_dataset`. 0 or None: never stops."""
     heldout_drop: float = Field(default=0.1, ge=0)
     """How far under the best evaluation counts as fallen, in units of the reward."""

@@ -6,7 +6,11 @@ from pydantic import Field, JsonValue, field_validator
 
 from composer_replication.config.channel_sections import BatchConfig, DpoConfig, SdpoConfig
 from composer_replication.config.config_model import ConfigModel
-from composer_replication.config.diagnostic_sections import DiagnosticsConfig, GuardsConfig
+from composer_replication.config.diagnostic_sections import (
+    DiagnosticsConfig,
+    EvaluationConfig,
+    GuardsConfig,
+)
 from composer_replication.config.execution_sections import (
     LoraConfig,
     ModalConfig,
@@ -59,6 +63,8 @@ class RunConfig(ConfigModel):
     """`[lora]`: the adapter; None: every weight is trained."""
     channels: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict[str, float])
     """`[channels]`: the weight of each further channel that you registered, by its name."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """`[evaluation]`: held-out episodes while a train run goes on."""
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     """`[diagnostics]`: what is measured beside training."""
     guards: GuardsConfig = GuardsConfig()

@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 
 from composer_replication.errors import MissingDependencyError, ModelError
+from composer_replication.experiments.evaluation_data import RUN_CONFIG
 from composer_replication.experiments.trainer_setup import device
 from composer_replication.runs.checkpoint_folders import newest_checkpoint
 from composer_replication.training.model_source import LoadedModel, check_model_spec, load_model
 
-RUN_CONFIG = "config.toml"
-"""Marks the folder of a run."""
 _ADAPTER_FILE = "adapter_config.json"
 _MODEL_FOLDER = "model"
 

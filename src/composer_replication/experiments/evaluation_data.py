@@ -9,7 +9,6 @@ from composer_replication.config.execution_sections import SmokeConfig
 from composer_replication.config.loading import load_config
 from composer_replication.config.run_config import RunConfig
 from composer_replication.errors import ConfigError, DataError, InputError
-from composer_replication.experiments.evaluated_model import RUN_CONFIG
 from composer_replication.experiments.judge_checks import find_judge
 from composer_replication.experiments.run_data import load_run_data, shipped_data
 from composer_replication.experiments.task_registry import SPLITS, task_rows
@@ -17,6 +16,8 @@ from composer_replication.traces.json_lines import Row
 from composer_replication.traces.pairs import PreferencePair
 
 HELDOUT_FOLDER = "heldout"
+RUN_CONFIG = "config.toml"
+"""Marks the folder of a run."""
 
 
 @dataclass(frozen=True, slots=True)

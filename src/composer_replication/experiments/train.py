@@ -9,6 +9,7 @@ from transformers import TrainerState
 
 from composer_replication.config.execution_sections import SmokeConfig
 from composer_replication.config.run_config import RunConfig
+from composer_replication.experiments.heldout_evaluation import HeldoutEvaluation, heldout_scores
 from composer_replication.experiments.live_table import LiveTable
 from composer_replication.experiments.planned_run import plan_misses, write_planned
 from composer_replication.experiments.quiet_libraries import quiet_libraries, without_printed_logs
@@ -16,6 +17,7 @@ from composer_replication.experiments.run_figures import channel_checks, channel
 from composer_replication.experiments.run_phases import cold_start_s, download_s
 from composer_replication.experiments.saved_model import save_model
 from composer_replication.experiments.trainer_setup import (
+    RunParts,
     build_trainer,
     device,
     device_label,
@@ -24,8 +26,10 @@ from composer_replication.experiments.trainer_setup import (
 )
 from composer_replication.runs.checkpoint_folders import checkpoint_step, newest_checkpoint
 from composer_replication.runs.run_directory import RunDirectory
+from composer_replication.runs.step_rows import StepRow
 from composer_replication.runs.summary import Summary
 from composer_replication.training.metrics import StepMetricsCallback, peak_gib, reset_peak
+from composer_replication.training.model_source import LoadedModel
 from composer_replication.training.tensor_memory import TensorPeakCallback
 from composer_replication.training.trainer import ComposerReplicationTrainer
 
@@ -62,7 +66,11 @@ def run_train(
         device(), run.append_metrics, LiveTable(console).add, earlier_rows=earlier_rows
     )
     tensors = TensorPeakCallback(device())
-    trainer = build_trainer(parts, loaded, [metrics, tensors])
+    heldout = _heldout(parts, loaded, run, console, run.read_heldout() if resume else [])
+    # A step's time begins after the evaluation before it.
+    trainer = build_trainer(parts, loaded, [*heldout, metrics, tensors])
+    for evaluation in heldout:
+        evaluation.trainer = trainer
     without_printed_logs(trainer)
     for note in parts.notes:
         console.print(f"note  {note}", highlight=False, soft_wrap=True)
@@ -93,6 +101,7 @@ def run_train(
             "save": time.perf_counter() - save_started_s,
         },
         executor=trainer.packing.label,
+        heldout=heldout_scores(run.read_heldout()),
         channels={name: channel_figures(rows, name) for name in ("grpo", *trainer.channel_weights)},
         notes=parts.notes,
     )
@@ -107,6 +116,33 @@ def run_train(
         soft_wrap=True,
     )
     return summary
+
+
+def _heldout(
+    parts: RunParts,
+    loaded: LoadedModel,
+    run: RunDirectory,
+    console: Console,
+    earlier_rows: list[StepRow],
+) -> list[HeldoutEvaluation]:
+    """The held-out evaluations of the run, where its configuration asks for them."""
+    every_steps = parts.config.evaluation.every_steps
+    if parts.heldout is None or not every_steps:
+        return []
+
+    def say(sentence: str) -> None:
+        console.print(sentence, highlight=False, soft_wrap=True)
+
+    evaluation = HeldoutEvaluation(
+        parts.heldout,
+        loaded.tokenizer,
+        every_steps=every_steps,
+        num_prompts=parts.config.evaluation.prompts,
+        write=run.append_heldout,
+        say=say,
+        earlier_rows=earlier_rows,
+    )
+    return [evaluation]
 
 
 def _place_to_go_on(run: RunDirectory, console: Console) -> Path | None:

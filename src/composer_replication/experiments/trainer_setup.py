@@ -17,6 +17,11 @@ from composer_replication.config.run_config import RunConfig
 from composer_replication.config.unused_options import check_used_options
 from composer_replication.errors import ConfigError, DataError, InputError, MissingDependencyError
 from composer_replication.experiments.doctor import cpu_bf16_line
+from composer_replication.experiments.evaluation_data import (
+    HELDOUT_FOLDER,
+    EvaluationData,
+    folder_data,
+)
 from composer_replication.experiments.fixed_shapes import FixedShapeRollouts
 from composer_replication.experiments.grpo_section_options import check_grpo_section
 from composer_replication.experiments.judge_checks import find_judge
@@ -59,6 +64,8 @@ class RunParts:
     """The user's own reward function; None: the environment's."""
     notes: list[str]
     """Sentences a reader of the figures must know."""
+    heldout: EvaluationData | None = None
+    """What `[evaluation]` plays; None: it is off."""
 
 
 def prepare(
@@ -104,7 +111,10 @@ def prepare(
         check_lora(config.lora, facts.config)
     completion = int(args.max_completion_length or 0)
     notes += check_records(config, data, facts, max_completion_length=completion)
-    return RunParts(config, args, data, spec, environment, reward, notes)
+    heldout = None
+    if config.evaluation.every_steps:
+        heldout = folder_data(data.folder, HELDOUT_FOLDER, config)
+    return RunParts(config, args, data, spec, environment, reward, notes, heldout)
 
 
 def build_trainer(

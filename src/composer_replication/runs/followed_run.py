@@ -40,6 +40,9 @@ class FollowedRun(RunDirectory):
     def append_metrics(self, row: Mapping[str, object]) -> None:
         """Nothing."""
 
+    def append_heldout(self, row: Mapping[str, object]) -> None:
+        """Nothing."""
+
     def truncate_metrics(self, last_step: int) -> None:
         """Nothing."""
 

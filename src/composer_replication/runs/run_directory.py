@@ -1,11 +1,10 @@
 """`RunDirectory`: the one folder that a verb writes, locked while in use."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self, cast
+from typing import Self
 
 from filelock import FileLock
 
@@ -14,6 +13,7 @@ from composer_replication.runs.atomic_files import is_temporary, write_text_atom
 from composer_replication.runs.json_text import to_json_text
 from composer_replication.runs.rollout_files import write_rollouts
 from composer_replication.runs.run_lock import LOCK_FILE, OWNER_FILE, take_lock
+from composer_replication.runs.step_rows import StepRow, append_row, read_rows, truncate_rows
 from composer_replication.runs.summary import Summary
 
 RUN_SCHEMA = 1
@@ -92,6 +92,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def heldout_path(self) -> Path:
+        """One JSON object an evaluation, `heldout.jsonl`."""
+        return self.path / "heldout.jsonl"
+
+    @property
     def summary_path(self) -> Path:
         """How the run ended, `summary.json`."""
         return self.path / SUMMARY_FILE
@@ -140,52 +145,32 @@ class RunDirectory:
 
     def append_metrics(self, row: Mapping[str, object]) -> None:
         """Add one line to `metrics.jsonl`; `row` holds its `step`."""
-        assert "step" in row, f"a metrics row needs its step: {sorted(row)}"
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(to_json_text(row) + "\n")
-            file.flush()
-            # A checkpoint is synced, and resume expects the row of every step before it.
-            os.fsync(file.fileno())
+        append_row(self.metrics_path, row)
 
-    def read_metrics(self) -> list[dict[str, float | int | str | None]]:
+    def append_heldout(self, row: Mapping[str, object]) -> None:
+        """Add one line to `heldout.jsonl`; `row` holds the `step` it was measured after."""
+        append_row(self.heldout_path, row)
+
+    def read_metrics(self) -> list[StepRow]:
         """The rows of `metrics.jsonl`, in order; after `truncate_metrics` all of them are whole."""
-        if not self.metrics_path.exists():
-            return []
-        return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+        return read_rows(self.metrics_path)
+
+    def read_heldout(self) -> list[StepRow]:
+        """The rows of `heldout.jsonl`, in order."""
+        return read_rows(self.heldout_path)
 
     def truncate_metrics(self, last_step: int) -> None:
-        """Drop the lines after `last_step` and a torn last line, so that resume can go on.
+        """Drop lines after `last_step` and a torn last line of both files, so resume can go on.
 
         Raises:
             RunDirectoryError: a line before the last one that is not JSON.
         """
-        if not self.metrics_path.exists():
-            return
-        lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
-        steps = [self._step_of(line, number, len(lines)) for number, line in enumerate(lines, 1)]
-        kept = [
-            f"{line}\n"
-            for line, step in zip(lines, steps, strict=True)
-            if step is not None and step <= last_step
-        ]
-        write_text_atomically(self.metrics_path, "".join(kept))
+        truncate_rows(self.metrics_path, last_step)
+        truncate_rows(self.heldout_path, last_step)
 
     def write_rollouts(self, step: int, rows: Iterable[Mapping[str, object]]) -> None:
         """Replace the file of `step` by one JSON line for each rollout."""
         write_rollouts(self.rollouts_dir, step, rows)
-
-    def _step_of(self, line: str, number: int, num_lines: int) -> int | None:
-        """The row's step; None for a last line that a killed writer left unfinished."""
-        try:
-            return cast("int", json.loads(line)["step"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            if number == num_lines:
-                return None
-            raise RunDirectoryError(
-                f"{self.metrics_path}, line {number}, is not a metrics row ({error!r}), so it is "
-                "not known which steps the file holds. Remove that line, or start a new run with "
-                "another --out."
-            ) from None
 
 
 def _with_schema(payload: Mapping[str, object]) -> str:

@@ -44,6 +44,26 @@ class Check:
     """Why it failed and what to do; None where it passed."""
 
 
+@dataclass(frozen=True, config=ConfigDict(use_attribute_docstrings=True))
+class HeldoutScores:
+    """Greedy success on held-out prompts, 0 to 1.
+
+    Example:
+        >>> HeldoutScores(first=0.0, last=0.85, best=0.9, best_step=12, num_prompts=32)
+    """
+
+    first: float
+    """Before the first step."""
+    last: float
+    """After the last step."""
+    best: float
+    """The highest of all evaluations."""
+    best_step: int
+    """Steps done at the first evaluation that reached it."""
+    num_prompts: int
+    """Played each time."""
+
+
 class Summary(BaseModel):
     """How a run ended; every figure that is not known is null.
 
@@ -86,6 +106,8 @@ class Summary(BaseModel):
     """What was billed, in USD; null where nothing is billed."""
     executor: str | None = None
     """How the step was scored: `packed`, or `separate` and why."""
+    heldout: HeldoutScores | None = None
+    """Held-out success while the run went on; null where it was not measured."""
     channels: dict[str, dict[str, Figure]] = Field(default_factory=dict[str, dict[str, Figure]])
     """Figures of each channel by its name, such as `{"sdpo": {"loss": 0.12, "tokens": 64}}`."""
     notes: list[str] = Field(default_factory=list[str])

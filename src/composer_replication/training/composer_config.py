@@ -74,8 +74,8 @@ class ComposerConfig(GRPOConfig):
     success_reward: float = 1.0
     """From this reward of the environment on a rollout is a success, for `rollout_routing`."""
     hint_placement: HintPlacement = "append"
-    """`append` to the state's last message, the same and the message once more (`restate`), or a
-    `user_turn` of its own."""
+    """`append` to the state's last message, the same and the message once more (`restate`), a
+    `user_turn` of its own, or `demonstrate` the hint's example as a turn before that message."""
     hint_site_actions: Literal["resampled", "recorded"] = "resampled"
     """Actions at the given hint sites: sampled anew from the policy, or `recorded` ones, which are
     off-policy."""
@@ -125,6 +125,10 @@ class ComposerConfig(GRPOConfig):
     """Steps in a row whose mean completion has at most guard_short_tokens."""
     guard_short_tokens: float = 2.0
     """Tokens, the end-of-turn token included."""
+    guard_repetition_steps: int | None = 50
+    """Steps in a row whose completions repeat themselves by at least guard_repetition_share."""
+    guard_repetition_share: float = 0.5
+    """Of the 4-grams of a completion."""
     guard_cut_off_steps: int | None = 200
     """Steps in a row in which every completion was cut off."""
     guard_non_finite_steps: int | None = 1

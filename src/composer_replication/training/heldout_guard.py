@@ -26,7 +26,8 @@ class HeldoutFall:
     last_step: int
     last: float
     reward_before: float
-    """Mean training reward over the steps up to the best evaluation."""
+    """Mean training reward over the steps up to the best evaluation; of the first half of all steps
+    where that was the one before them."""
     reward_since: float
     """Mean training reward over as many of the last steps."""
 
@@ -60,6 +61,9 @@ def heldout_fall(rows: Sequence[LogRow], num_evaluations: int, drop: float) -> H
     rewards = [(_step(row), _number(row, "reward")) for row in rows if "reward" in row]
     before = [reward for step, reward in rewards if step <= best_step]
     since = [reward for step, reward in rewards if step > best_step]
+    if not before:
+        # The best evaluation was the one before training: its first half is what it rose from.
+        before, since = since[: len(since) // 2], since[len(since) // 2 :]
     size = min(len(before), len(since))
     if size == 0:
         return None

@@ -152,6 +152,12 @@ def _guards(args: ComposerConfig, channels: Sequence[str], effect_floor: float) 
             lambda row: _is_at_most(row, "completions/mean_length", args.guard_short_tokens),
             lambda rows: _explain_short(rows, args.guard_short_tokens),
         ),
+        Guard(
+            "repetition_steps",
+            args.guard_repetition_steps,
+            lambda row: _is_at_least(row, "completions/repetition", args.guard_repetition_share),
+            _explain_repetition,
+        ),
         Guard("cut_off_steps", args.guard_cut_off_steps, _is_cut_off, _explain_cut_off),
         Guard(
             "non_finite_steps", _non_finite_steps(args), _has_no_finite_norm, _explain_non_finite
@@ -207,6 +213,11 @@ def _is_at_most(row: LogRow, name: str, limit: float) -> bool | None:
     return None if value is None else value <= limit
 
 
+def _is_at_least(row: LogRow, name: str, limit: float) -> bool | None:
+    value = _number(row, name)
+    return None if value is None else value >= limit
+
+
 def _is_cut_off(row: LogRow) -> bool | None:
     share = _number(row, "completions/clipped_ratio")
     return None if share is None else share == 1.0
@@ -249,6 +260,14 @@ def _explain_short(rows: Sequence[LogRow], limit: float) -> str:
         f"most {limit:g}: the policy ends its turn at once and says nothing that a reward could "
         "judge. Check that the reward does not favour an empty answer, go back to a checkpoint "
         "from before the collapse and lower grpo.learning_rate."
+    )
+
+
+def _explain_repetition(rows: Sequence[LogRow]) -> str:
+    return (
+        f"completions had said {_range(rows, 'completions/repetition')} of their 4-grams before: "
+        "the policy runs in a loop. Go back to a checkpoint from before it with a lower "
+        "grpo.learning_rate or alpha_sdpo, and a slower teacher (teacher = 'frozen') if it is live."
     )
 
 

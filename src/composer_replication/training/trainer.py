@@ -39,6 +39,7 @@ from composer_replication.training.packing import Packing
 from composer_replication.training.record_loader import hint_sites_from, pairs_from
 from composer_replication.training.record_texts import RecordTextCollator
 from composer_replication.training.references import references_for_run
+from composer_replication.training.repetition import mean_repetition
 from composer_replication.training.resume_state import load_run_state, save_run_state, skip_passes
 from composer_replication.training.rewards import RewardFunction, environment_reward
 from composer_replication.training.rollout_log import write_step_rollouts
@@ -46,11 +47,7 @@ from composer_replication.training.rollouts import EnvironmentRollouts
 from composer_replication.training.run_guards import RunGuards
 from composer_replication.training.site_sampling import sample_site_actions
 from composer_replication.training.step_diagnostics import StepDiagnostics
-from composer_replication.training.teacher import (
-    Teacher,
-    TeacherCallback,
-    make_teacher,
-)
+from composer_replication.training.teacher import Teacher, TeacherCallback, make_teacher
 from composer_replication.training.trl_hooks import GRPOConfig, GRPOTrainer
 from composer_replication.training.whole_checkpoint import whole_checkpoint
 from composer_replication.training.whole_groups import keep_groups_whole
@@ -190,8 +187,9 @@ class ComposerReplicationTrainer(GRPOTrainer):
         """TRL's rollouts and rewards; then the plan of the extra channels for the same steps."""
         self.clock.start("rollout")
         output = super()._generate_and_score_completions(inputs)
-        rollout_s = self.clock.stop("rollout")
-        self._metrics["train" if self._is_training else "eval"]["rollout_s"].append(rollout_s)
+        metrics = self._metrics["train" if self._is_training else "eval"]
+        metrics["rollout_s"].append(self.clock.stop("rollout"))
+        metrics["completions/repetition"].append(mean_repetition(output))
         if self._is_training:
             sites = self._route(inputs, output)
             write_step_rollouts(self, inputs, output)

@@ -139,8 +139,8 @@ MISTAKES = {
     "key_of_trl_at_the_top": (
         ["learning_rate=1e-5"],
         "unknown key 'learning_rate'. Known: alpha_sdpo, batch, beta_replay, channels, data, "
-        "diagnostics, dpo, grpo, guards, lora, modal, model, name, rollout, sdpo, seed, smoke, "
-        "teacher, tree. "
+        "diagnostics, dpo, evaluation, grpo, guards, lora, modal, model, name, rollout, sdpo, "
+        "seed, smoke, teacher, tree. "
         "TRL's own settings go under [grpo].",
     ),
     "like_nothing_in_its_section": (

@@ -28,6 +28,7 @@ HEALTHY = {
     "entropy": 1.2,
     "completions/mean_length": 30.0,
     "completions/clipped_ratio": 0.25,
+    "completions/repetition": 0.02,
     "grad_norm": 0.7,
 }
 
@@ -56,6 +57,7 @@ BAD = {
     "no_effect": ({"loss/sdpo": 3e-8}, "no hint teaches anything"),
     "entropy": ({"entropy": 0.004}, "under 0.01: the policy gives nearly the same rollout"),
     "short": ({"completions/mean_length": 1.5}, "1.5 tokens long on average, at most 2"),
+    "repetition": ({"completions/repetition": 0.7}, "0.7 of their 4-grams before: the policy"),
     "cut_off": ({"completions/clipped_ratio": 1.0}, "every completion was cut off"),
     "non_finite": ({"grad_norm": math.inf}, "the gradient's norm was inf"),
     "no_data": ({"pairs/dpo": 0.0}, "no pairs reached dpo.*set beta_replay = 0"),
