@@ -76,8 +76,8 @@ class ComposerDataCollator:
 
         Args:
             tokenizer: of the policy, with a chat template.
-            hint_placement: `append` to the state's last message, `restate` it after the hint, or a
-                `user_turn` of its own.
+            hint_placement: `append` to the state's last message, `restate` it after the hint, a
+                `user_turn` of its own, or `demonstrate` the hint's example before that message.
             max_length: tokens that the longest row of a hint site or a pair may have; None: no
                 limit.
             truncation: over `max_length`, `refuse`, or cut the `middle` of the state, keeping the

@@ -12,10 +12,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from composer_replication.errors import AlignmentError, DataError
-from composer_replication.traces.hints import HintSite
+from composer_replication.traces.hints import EXAMPLE_MARK, HintSite
 from composer_replication.traces.trace import Message
 
-HintPlacement = Literal["append", "user_turn", "restate"]
+HintPlacement = Literal["append", "user_turn", "restate", "demonstrate"]
 
 # Differ in their first character, so that the first token of the content differs too.
 _PROBES = ("A probe text.", "9 other words")
@@ -58,13 +58,21 @@ def with_hint(state: Sequence[Message], hint: str, placement: HintPlacement) -> 
 
     `append` adds the hint to the last message after a blank line; `restate` then says that message
     once more, so that the request and not the hint is what the model reads last; `user_turn` puts
-    the hint in a user turn of its own after the state.
+    the hint in a user turn of its own after the state. `demonstrate` shows the hint's example as a
+    turn of its own before a restated last message; a hint without one, or a state that a tool
+    result ends, is restated.
     """
     if not hint:
         return tuple(state)
     if placement == "user_turn":
         return (*state, Message("user", hint))
     last = state[-1]
+    if placement == "demonstrate":
+        text, mark, example = hint.rpartition(EXAMPLE_MARK)
+        if mark and last.role == "user":
+            demonstration = Message("user", text.rstrip()), Message("assistant", example)
+            return (*state[:-1], *demonstration, *with_hint([last], text.rstrip(), "restate"))
+        placement = "restate"
     hinted = f"{last.content}\n\n{hint}"
     if placement == "restate":
         hinted += f"\n\n{last.content}"

@@ -34,10 +34,11 @@ class SdpoConfig(ConfigModel):
     keeps the successes and whatever SDPO has no room for; `off`: both train on all they have."""
     success_reward: float = 1.0
     """With `routing`: from this reward of the environment on a rollout is a success."""
-    hint_placement: Literal["append", "user_turn", "restate"] = "append"
+    hint_placement: Literal["append", "user_turn", "restate", "demonstrate"] = "append"
     """Where the hint stands in the teacher's state: at the end of the last message; there, with the
     message said once more after it (small models copy the arguments of an example that they read
-    last); or as a user turn of its own."""
+    last); as a user turn of its own; or, with `demonstrate`, the example of the hint, what follows
+    "Example of a correct call: ", as a turn before the message: small models follow that best."""
     actions: Literal["resampled", "recorded"] = "resampled"
     """Whose action tokens are scored: sampled anew by the policy, or as the trace recorded them.
     Another model's recorded actions are off-policy."""

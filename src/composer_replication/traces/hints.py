@@ -12,6 +12,9 @@ from composer_replication.traces.row_reading import (
 )
 from composer_replication.traces.trace import Message, TurnError, message_rows
 
+EXAMPLE_MARK = "Example of a correct call: "
+"""What follows its last place in a hint is an action."""
+
 
 @dataclass(frozen=True, slots=True)
 class HintSite:
@@ -72,7 +75,7 @@ def hint_from_error(error: TurnError) -> str:
     """
     text = f"Hint: {error.message}"
     if error.example is not None:
-        text += f" Example of a correct call: {error.example}"
+        text += f" {EXAMPLE_MARK}{error.example}"
     return text
 
 

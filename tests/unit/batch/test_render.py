@@ -60,7 +60,30 @@ def test_a_restated_message_stands_on_both_sides_of_the_hint(smollm2_tokenizer):
     assert text.startswith(before)
 
 
-@pytest.mark.parametrize("placement", ["append", "user_turn", "restate"])
+def test_an_example_is_demonstrated_before_the_restated_message(smollm2_tokenizer):
+    state_ids = render_state(smollm2_tokenizer, STATE)
+    hinted = site(hint='Use "file". Example of a correct call: {"file": "/b"}')
+    text = smollm2_tokenizer.decode(
+        insert_hint(smollm2_tokenizer, hinted, state_ids, "demonstrate")
+    )
+    before, _, _ = smollm2_tokenizer.decode(state_ids).rpartition("Read /src/app.py.<|im_end|>")
+    assert text == (
+        f'{before}Use "file".<|im_end|>\n<|im_start|>assistant\n{{"file": "/b"}}<|im_end|>\n'
+        '<|im_start|>user\nRead /src/app.py.\n\nUse "file".\n\nRead /src/app.py.<|im_end|>\n'
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_without_an_example_or_after_a_tools_answer_the_message_is_restated(smollm2_tokenizer):
+    answered = (*STATE, Message("assistant", ACTION), Message("tool", "error: no"))
+    for state, hint in (
+        (STATE, 'Use "file".'),
+        (answered, "Use it. Example of a correct call: {}"),
+    ):
+        assert with_hint(state, hint, "demonstrate") == with_hint(state, hint, "restate")
+
+
+@pytest.mark.parametrize("placement", ["append", "user_turn", "restate", "demonstrate"])
 def test_the_empty_hint_inserts_nothing(smollm2_tokenizer, placement):
     state_ids = render_state(smollm2_tokenizer, STATE)
     assert insert_hint(smollm2_tokenizer, site(hint=""), state_ids, placement) == state_ids
