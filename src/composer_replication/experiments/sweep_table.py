@@ -17,6 +17,7 @@ SCORE_SHARE = 0.25
 """The last part of a run whose rewards are averaged into its score."""
 
 Figure = float | None
+ScoredBy = Literal["heldout success", "training reward"]
 
 
 class MemberResult(BaseModel):
@@ -40,6 +41,8 @@ class MemberResult(BaseModel):
     """Its run directory."""
     score: Figure = None
     """Mean training reward over the last quarter of the steps; null: no reward was logged."""
+    heldout_success: Figure = None
+    """Held-out success after the last step; null: `[evaluation]` did not measure it."""
     channels: dict[str, Figure] = Field(default_factory=dict[str, Figure])
     """Last loss of each channel."""
     median_step_s: Figure = None
@@ -71,6 +74,8 @@ class SweepRow(BaseModel):
     """Seeds whose run passed."""
     num_seeds: int
     """Seeds in all."""
+    scored_by: ScoredBy
+    """What the score is: held-out success where every run that passed has it."""
     score_mean: Figure
     """Over the seeds that passed."""
     score_spread: Figure
@@ -135,6 +140,7 @@ def read_member(member: SweepMember, folder: Path) -> MemberResult:
         update={
             "status": summary.status,
             "score": _last_rewards(folder / "metrics.jsonl"),
+            "heldout_success": summary.heldout.last if summary.heldout else None,
             "channels": {n: figures.get("loss_last") for n, figures in summary.channels.items()},
             "median_step_s": summary.median_step_s,
             "peak_gib": summary.peak_gib,
@@ -150,7 +156,11 @@ def rank(results: Sequence[MemberResult]) -> list[SweepRow]:
     groups: dict[tuple[tuple[str, str], ...], list[MemberResult]] = {}
     for result in results:
         groups.setdefault(tuple(result.point.items()), []).append(result)
-    rows = [_row(dict(point), members) for point, members in groups.items()]
+    # Some members' training rewards cannot be ranked among others' held-out success.
+    passed = [result for result in results if result.status == "passed"]
+    has_heldout = bool(passed) and all(r.heldout_success is not None for r in passed)
+    scored_by: ScoredBy = "heldout success" if has_heldout else "training reward"
+    rows = [_row(dict(point), members, scored_by) for point, members in groups.items()]
     rows.sort(key=lambda row: (row.score_mean is None, -(row.score_mean or 0.0)))
     return [row.model_copy(update={"rank": number}) for number, row in enumerate(rows, 1)]
 
@@ -160,7 +170,7 @@ def print_table(report: SweepReport, console: Console) -> None:
     keys = list(report.rows[0].point) if report.rows else []
     channels = list(dict.fromkeys(name for row in report.rows for name in row.channels))
     titles = [
-        *("#", *keys, "reward", "spread", "seeds"),
+        *("#", *keys, report.rows[0].scored_by if report.rows else "score", "spread", "seeds"),
         *(f"loss/{name}" for name in channels),
         *("step s", "GiB", "USD"),
     ]
@@ -190,9 +200,11 @@ def sweep_json_schema() -> dict[str, JsonValue]:
     return SweepReport.model_json_schema(by_alias=True, mode="serialization")
 
 
-def _row(point: dict[str, str], members: Sequence[MemberResult]) -> SweepRow:
+def _row(point: dict[str, str], members: Sequence[MemberResult], scored_by: ScoredBy) -> SweepRow:
     passed = [member for member in members if member.status == "passed"]
-    scores = [member.score for member in passed if member.score is not None]
+    is_heldout = scored_by == "heldout success"
+    found = [member.heldout_success if is_heldout else member.score for member in passed]
+    scores = [score for score in found if score is not None]
     names = dict.fromkeys(name for member in passed for name in member.channels)
     peaks = [member.peak_gib for member in passed if member.peak_gib is not None]
     # What a failed member cost was paid too.
@@ -202,6 +214,7 @@ def _row(point: dict[str, str], members: Sequence[MemberResult]) -> SweepRow:
         point=point,
         num_passed=len(passed),
         num_seeds=len(members),
+        scored_by=scored_by,
         score_mean=statistics.fmean(scores) if scores else None,
         score_spread=statistics.stdev(scores) if len(scores) > 1 else None,
         channels={name: _mean([member.channels.get(name) for member in passed]) for name in names},

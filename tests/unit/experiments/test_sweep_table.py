@@ -49,15 +49,39 @@ def test_points_are_ranked_by_their_mean_with_the_spread_over_seeds():
     assert rows[2].score_mean is None
 
 
+def test_heldout_success_ranks_where_every_run_has_it():
+    high_reward = result("0", 0, 0.9, heldout_success=0.25)
+    high_success = result("0.1", 0, 0.2, heldout_success=0.75)
+    rows = rank([high_reward, high_success])
+    assert [(row.point["alpha_sdpo"], row.score_mean) for row in rows] == [
+        ("0.1", 0.75),
+        ("0", 0.25),
+    ]
+    assert {row.scored_by for row in rows} == {"heldout success"}
+    # A run that failed has no say, one that was not measured turns to rewards.
+    failed = result("0.2", 0, None, status="failed")
+    assert rank([high_reward, high_success, failed])[0].scored_by == "heldout success"
+    mixed = rank([high_reward, high_success, result("0.2", 0, 0.5)])
+    assert [row.score_mean for row in mixed] == [0.9, 0.5, 0.2]
+    assert {row.scored_by for row in mixed} == {"training reward"}
+
+
 def test_a_score_is_the_mean_reward_of_the_last_quarter_of_the_steps(tmp_path):
     member = SweepMember("m", {}, 0, RunConfig())
     assert read_member(member, tmp_path).status == "missing"
-    summary = {"schema": 1, "status": "passed", "channels": {"sdpo": {"loss_last": 0.25}}}
+    heldout = {"first": 0.0, "last": 0.5, "best": 0.75, "best_step": 4, "num_prompts": 8}
+    summary = {
+        "schema": 1,
+        "status": "passed",
+        "channels": {"sdpo": {"loss_last": 0.25}},
+        "heldout": heldout,
+    }
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     rows = [{"step": step, "reward": float(step)} for step in range(1, 9)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     read = read_member(member, tmp_path)
     assert (read.score, read.channels) == (7.5, {"sdpo": 0.25})
+    assert read.heldout_success == 0.5
     (tmp_path / "summary.json").write_text('{"schema": 0, "status": "passed"}')
     assert "another version" in read_member(member, tmp_path).error
 
