@@ -45,6 +45,7 @@ STEP_CHANGES = {
     ("sdpo", "clip"): ({"clip": "token", "clip_value": 1e-3}, "entry"),
     ("sdpo", "clip_value"): ({"clip": "token", "clip_value": 1e-3}, 1e-4),
     ("sdpo", "entropy_scale"): ({}, 1.5),
+    ("sdpo", "prefix_weight"): ({}, "acceptance"),
     ("dpo", "beta"): ({}, 0.4),
     ("dpo", "label_smoothing"): ({}, 0.2),
 }
@@ -68,6 +69,7 @@ KEY_CHANGES = {
     "sdpo.clip": ("sdpo_clip", "token"),
     "sdpo.clip_value": ("sdpo_clip_value", 0.5),
     "sdpo.entropy_scale": ("sdpo_entropy_scale", 1.5),
+    "sdpo.prefix_weight": ("sdpo_prefix_weight", "acceptance"),
     "sdpo.routing": ("rollout_routing", "failures"),
     "sdpo.success_reward": ("success_reward", 0.7),
     "sdpo.hint_placement": ("hint_placement", "user_turn"),

@@ -29,6 +29,10 @@ class SdpoConfig(ConfigModel):
     entropy_scale: float | None = Field(default=None, gt=0)
     """Weighs each token by exp(-entropy / entropy_scale) of the teacher's distribution, in nats, so
     that a teacher who is not sure pulls less; None: all tokens alike."""
+    prefix_weight: Literal["off", "acceptance"] = "off"
+    """`acceptance` weighs each token by how likely the teacher would have accepted the action's
+    tokens before it: what it says after a token that it would not have written teaches the policy
+    to repair, not to do it right. `off`: all tokens alike, as published."""
     routing: Literal["off", "failures"] = "off"
     """`failures`: a failed rollout's error turns train SDPO and that rollout leaves GRPO, so GRPO
     keeps the successes and whatever SDPO has no room for; `off`: both train on all they have."""

@@ -9,7 +9,7 @@ states, in the trainer's own loss. Letters: N hint sites, T tokens of a row, H h
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -60,6 +60,7 @@ def check_gradient_rows(
         policy_of(trainer).train()
         with (
             with_separate_forwards(trainer),
+            _without_prefix_weight(trainer),
             _watched_decoders(trainer, inputs) as scored,
         ):
             loss = channel_loss(trainer, "sdpo", inputs)
@@ -148,6 +149,17 @@ def _expected_rows(inputs: Inputs, sites: Sequence[SiteIds]) -> Bool[Tensor, "N 
 def _state_length(attention_T: Int[Tensor, " T"], site: SiteIds) -> int:
     """The state's own length; where its middle was cut out, what the row leaves for it."""
     return min(len(site.state), int(attention_T.sum()) - len(site.action))
+
+
+@contextmanager
+def _without_prefix_weight(trainer: ComposerReplicationTrainer) -> Iterator[None]:
+    """A weight may be 0 by right; what is judged here holds for each token before it is weighed."""
+    settings = trainer.step_settings
+    trainer.step_settings = replace(settings, sdpo=replace(settings.sdpo, prefix_weight="off"))
+    try:
+        yield
+    finally:
+        trainer.step_settings = settings
 
 
 @contextmanager

@@ -188,6 +188,7 @@ def composer_config(
         "sdpo_clip": sdpo.clip,
         "sdpo_clip_value": sdpo.clip_value,
         "sdpo_entropy_scale": sdpo.entropy_scale,
+        "sdpo_prefix_weight": sdpo.prefix_weight,
         "rollout_routing": sdpo.routing,
         "success_reward": sdpo.success_reward,
         "hint_placement": sdpo.hint_placement,

@@ -8,7 +8,7 @@ teacher's weights walk a tree of their own without gradient.
 Letters: B rollouts, C completion tokens, M action tokens, P pairs, N scored tokens, R hidden rows.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,7 @@ from composer_replication.losses.divergence import DivergenceOptions
 from composer_replication.losses.head_pass import ComparedTokens, ScoredTokens, head_pass
 from composer_replication.step.hidden_states import output_head
 from composer_replication.step.scores import Scores
+from composer_replication.step.separate import acceptance_weights
 from composer_replication.step.settings import StepSettings, TeacherContext
 from composer_replication.step.tree_forward import (
     RowsAsked,
@@ -88,7 +89,8 @@ def score_packed(
         hidden, rows = _only(hidden, rows)
     compared = None
     if teacher_hidden is not None and teacher_head is not None:
-        sdpo = DivergenceOptions(**asdict(settings.sdpo))
+        names = (field.name for field in fields(DivergenceOptions))
+        sdpo = DivergenceOptions(**{name: getattr(settings.sdpo, name) for name in names})
         compared = ComparedTokens(rows["student"], teacher_hidden, teacher_head, sdpo)
     temperature = {"rollouts": settings.grpo.temperature, "chosen": 1.0, "rejected": 1.0}
     names = [name for name in temperature if name in roles]
@@ -101,6 +103,17 @@ def score_packed(
     tile_rows = head_tile_rows(head, hidden.device, options)
     values = head_pass(hidden, head, scored, compared, tile_rows=tile_rows)
     scores = Scores(divergence=values.divergence)
+    if compared is not None and settings.sdpo.prefix_weight == "acceptance":
+        assert scores.divergence is not None, "asked for above"
+        student = roles["student"]
+        scores.divergence = scores.divergence * acceptance_weights(
+            (hidden[compared.rows], head),
+            (compared.teacher_hidden, compared.teacher_head),
+            student.targets(),
+            student.index[:, 0],
+            settings.sdpo.temperature,
+            tile_rows=tile_rows,
+        )
     for name, logp, entropy in zip(names, values.logp, values.entropy, strict=True):
         index = roles[name].index
         if name == "rollouts":

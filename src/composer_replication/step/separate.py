@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from composer_replication.batch.collate import StepTensors
-from composer_replication.losses.head import selected_logp
+from composer_replication.losses.acceptance import prefix_acceptance
+from composer_replication.losses.head import OutputHead, selected_logp
 from composer_replication.losses.sdpo import fused_generalized_jsd
 from composer_replication.step.hidden_states import (
     final_hidden_states,
@@ -62,17 +63,20 @@ def score_hint_sites(
     *,
     tile_rows: int | None = None,
 ) -> Float[Tensor, " M"]:
-    """Divergence of each action token between the policy and its hint-conditioned teacher."""
+    """Divergence of each action token from its hinted teacher, times the token's prefix weight."""
     with torch.no_grad(), (teacher or live_teacher(model))() as teacher_model:
         teacher_hidden = final_hidden_states(
             teacher_model, tensors["ctx_teacher_input_ids"], tensors["ctx_teacher_attention_mask"]
         )
         teacher_head = output_head(teacher_model)
     policy_hidden = final_hidden_states(model, tensors["input_ids"], tensors["attention_mask"])
-    return fused_generalized_jsd(
-        rows_before(policy_hidden, tensors["sdpo_student_index"]),
-        output_head(model),
-        rows_before(teacher_hidden, tensors["sdpo_teacher_index"]).detach(),
+    index = tensors["sdpo_student_index"]
+    policy_rows, policy_head = rows_before(policy_hidden, index), output_head(model)
+    teacher_rows = rows_before(teacher_hidden, tensors["sdpo_teacher_index"]).detach()
+    divergence = fused_generalized_jsd(
+        policy_rows,
+        policy_head,
+        teacher_rows,
         teacher_head,
         beta=settings.beta,
         temperature=settings.temperature,
@@ -84,6 +88,45 @@ def score_hint_sites(
         entropy_scale=settings.entropy_scale,
         tile_rows=tile_rows,
     )
+    if settings.prefix_weight == "off":
+        return divergence
+    return divergence * acceptance_weights(
+        (policy_rows, policy_head),
+        (teacher_rows, teacher_head),
+        tensors["input_ids"][index[:, 0], index[:, 1]],
+        index[:, 0],
+        settings.temperature,
+        tile_rows=tile_rows,
+    )
+
+
+@torch.no_grad()
+def acceptance_weights(
+    policy: tuple[Float[Tensor, "M H"], OutputHead],
+    teacher: tuple[Float[Tensor, "M G"], OutputHead],
+    token_ids: Int[Tensor, " M"],
+    site: Int[Tensor, " M"],
+    temperature: float,
+    *,
+    tile_rows: int | None = None,
+) -> Float[Tensor, " M"]:
+    """What each action token counts under `prefix_weight = "acceptance"`.
+
+    Args:
+        policy: the hidden rows that predict the tokens, and their head.
+        teacher: the same of the teacher.
+        token_ids: the sampled tokens.
+        site: the action that each belongs to, ascending.
+        temperature: of the divergence, and so of both probabilities.
+        tile_rows: as of `score_separately`.
+    """
+    policy_logp, teacher_logp = (
+        selected_logp(
+            hidden.detach(), head, token_ids, temperature=temperature, tile_rows=tile_rows
+        )
+        for hidden, head in (policy, teacher)
+    )
+    return prefix_acceptance(policy_logp, teacher_logp, site)
 
 
 def score_actions(

@@ -40,6 +40,9 @@ class SDPOSettings:
     clip_value: float | None = None
     entropy_scale: float | None = None
     """Nats; a token counts exp(-teacher's entropy / entropy_scale). None: all tokens alike."""
+    prefix_weight: Literal["off", "acceptance"] = "off"
+    """`acceptance`: a token counts as much as the teacher would have accepted the tokens before it
+    (`losses/acceptance.py`). `off`: all tokens alike."""
 
 
 @dataclass(frozen=True, slots=True)

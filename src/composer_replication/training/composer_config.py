@@ -68,6 +68,8 @@ class ComposerConfig(GRPOConfig):
     """The bound of sdpo_clip, in nats."""
     sdpo_entropy_scale: float | None = None
     """A token counts exp(-teacher's entropy / this), in nats. None: all tokens alike."""
+    sdpo_prefix_weight: Literal["off", "acceptance"] = "off"
+    """`acceptance`: a token counts as much as the teacher accepts what stands before it."""
     rollout_routing: Literal["off", "failures"] = "off"
     """`failures`: a failed rollout's error turns train SDPO and that rollout leaves GRPO, which
     keeps the successes and what SDPO has no room for."""
@@ -218,6 +220,7 @@ class ComposerConfig(GRPOConfig):
                 clip=self.sdpo_clip,
                 clip_value=self.sdpo_clip_value,
                 entropy_scale=self.sdpo_entropy_scale,
+                prefix_weight=self.sdpo_prefix_weight,
             ),
             dpo=DPOSettings(beta=self.dpo_beta, label_smoothing=self.dpo_label_smoothing),
         )

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from composer_replication.batch.collate import StepTensors
+from composer_replication.losses.acceptance import prefix_acceptance
 from composer_replication.losses.head import selected_logp, tiles
 from composer_replication.losses.sdpo import generalized_jsd
 from composer_replication.step.channels import CHANNELS
@@ -85,7 +86,11 @@ def score_site_tokens(
         )
         for rows in tiles(len(token_ids), _TILE_ROWS)
     ]
-    return SiteTokens(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    tokens = SiteTokens(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    if settings.prefix_weight == "off":
+        return tokens
+    weight = prefix_acceptance(tokens.policy_logp, tokens.teacher_logp, index[:, 0])
+    return tokens._replace(divergence=tokens.divergence * weight, slope=tokens.slope * weight)
 
 
 def _site_tile(

@@ -13,8 +13,9 @@ from composer_replication.step import step
 from composer_replication.step.channels import CHANNELS, Channel, ChannelSum, num_pairs
 from composer_replication.step.hidden_states import causal_lm, final_hidden_states
 from composer_replication.step.optimizer_step import channel_sums, total_loss
-from composer_replication.step.separate import score_actions
-from composer_replication.step.settings import StepSettings
+from composer_replication.step.packed import score_packed
+from composer_replication.step.separate import score_actions, score_separately
+from composer_replication.step.settings import SDPOSettings, StepSettings
 
 WEIGHTS = {"grpo": 1.0, "sdpo": 0.1, "dpo": 0.05}
 
@@ -146,6 +147,43 @@ def test_an_empty_hint_under_a_live_teacher_has_no_divergence(policy, batch, col
     assert 0 <= part.loss_sum.item() < 1e-12
     hinted = step(policy, batch, collator, channels=("sdpo",))["sdpo"]
     assert hinted.loss_sum.item() > 1e-6
+
+
+@pytest.mark.parametrize("executor", [score_separately, score_packed])
+@pytest.mark.parametrize("has_teacher", [False, True])
+def test_tokens_weighed_by_acceptance_equal_a_naive_loop(
+    policy, reference, batch, collator, executor, has_teacher
+):
+    """The weight is a constant: no gradient goes through it."""
+    settings = StepSettings(sdpo=SDPOSettings(temperature=0.7, prefix_weight="acceptance"))
+    naive, weights = 0.0, []
+    for site in batch.hint_sites:
+        student, teacher, _ = collator.site_rows(site)
+        p = (action_logits(policy, student) / 0.7).softmax(-1)
+        with torch.no_grad():
+            q = action_logits(reference if has_teacher else policy, teacher) / 0.7
+        q = q.softmax(-1)
+        m = (p + q) / 2
+        per_token = 0.5 * (q * (q / m).log()).sum(-1) + 0.5 * (p * (p / m).log()).sum(-1)
+        weight = 1.0
+        for position, token in enumerate(student.action_ids):
+            naive = naive + weight * per_token[position]
+            weights.append(weight)
+            weight *= min(1.0, (q[position, token] / p[position, token]).item())
+    assert min(weights) < 0.95  # or nothing is tested
+    teacher = (lambda: contextlib.nullcontext(reference)) if has_teacher else None
+    ours = step(
+        policy,
+        batch,
+        collator,
+        channels=("sdpo",),
+        settings=settings,
+        teacher=teacher,
+        executor=executor,
+    )["sdpo"]
+    assert ours.loss_sum.item() == pytest.approx(naive.item(), rel=1e-9)
+    assert ours.count == len(weights)
+    assert_equal_gradients(gradients(policy, ours.loss_sum), gradients(policy, naive), 1e-7)
 
 
 def test_another_teacher_changes_the_divergence_and_gets_no_gradient(

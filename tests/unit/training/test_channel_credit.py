@@ -42,6 +42,7 @@ CASES = {
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
     },
     "bf16": {"bf16": True},
+    "weighed by acceptance": {"sdpo_prefix_weight": "acceptance"},
     "lora": {"peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)},
     "other options": {
         "sdpo_beta": 1.0,
