@@ -66,6 +66,7 @@ def test_the_report_has_every_key_and_every_step_equals_the_separate_executor(ti
     assert max(report["loss_errors"].values()) < 1e-6
     assert max(report["grad_errors"].values()) < 1e-5
     assert report["whole_step"]["rollout_s"] > 0
+    assert report["whole_step"]["rollout_ours_s"] > 0
     assert report["peak_above_model_gib"]["naive"] > report["peak_tensor_gib"]["ours"] > 0
 
 
