@@ -39,9 +39,11 @@ def performance() -> str:
         for path in sorted(RESULTS.glob("step_*.json"))
     }
     growth, memory = reports.pop("growth"), reports.pop("memory")
+    precision = reports.pop("precision", None)
     timed = list(reports.values())
     lines = [HEAD, *ratio_lines(timed), *memory_lines(timed), *whole_lines(timed)]
     lines += [*growth_lines(growth), *counted_memory_lines(memory), *equality_lines(timed)]
+    lines += precision_lines(precision)
     return "\n".join(lines) + "\n"
 
 
@@ -162,7 +164,7 @@ def whole_lines(reports: list[dict[str, Any]]) -> list[str]:
         f"{report['whole_step']['optimizer_s']:.1f} | {step} | {report['step_s'][step]:.1f} | "
         f"{report['step_s']['ours']:.1f} | {share:.0%} |"
         for report in reports
-        if "whole_step" in report
+        if "rollout_ours_s" in report.get("whole_step", {})
         for step, share in report["whole_step"]["saved_share"].items()
     ]
     before = [
@@ -190,3 +192,22 @@ def equality_lines(reports: list[dict[str, Any]]) -> list[str]:
         "absolute row losses, and of the gradient, the largest over the parameters.",
     ]
     return table(before, ["rounds", "loss", "gradient", "command"], rows)
+
+
+def precision_lines(report: dict[str, Any] | None) -> list[str]:
+    """How far fp32 is from fp64 under both executors."""
+    if report is None:
+        return []
+    rows = [
+        f"| {name} | {report['loss_error'][name]:.1e} | {report['grad_error_max'][name]:.1e} | "
+        f"{report['grad_error_median'][name]:.1e} |"
+        for name in ("separate", "packed")
+    ]
+    before = [
+        "## Precision: fp32 against fp64",
+        "",
+        f"{report['model']}, one state of {report['workload']['prefix']} tokens, by",
+        "`python bench/step_precision.py --json`: a step in fp32 against separate forwards in",
+        f"fp64. The largest error of packed is {report['ratio_of_max']:.2f} of that of separate.",
+    ]
+    return table(before, ["executor", "loss", "gradient, largest", "gradient, median"], rows)

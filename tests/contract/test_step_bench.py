@@ -25,6 +25,7 @@ bench = importlib.import_module("step")
 ours = importlib.import_module("step_ours")
 growth = importlib.import_module("step_growth")
 memory = importlib.import_module("step_memory")
+precision = importlib.import_module("step_precision")
 flops = importlib.import_module("step_flops")
 workloads = importlib.import_module("step_workload")
 families = importlib.import_module("tiny_families")
@@ -167,3 +168,14 @@ def test_tokens_of_ours_are_the_rows_of_the_tree_that_it_walks(tiny_folder, flag
 def test_flags_that_make_no_step_are_refused_by_name(flags, named):
     with pytest.raises(ConfigError, match=named):
         bench.parse_args(flags)
+
+
+def test_precision_is_measured_against_float64(tiny_folder):
+    sizes = workloads.Sizes(prefix=12, rollouts=3, action=4, hint=3, pairs=2)
+    report = precision.report(tiny_folder, sizes)
+    for errors in (report["loss_error"], report["grad_error_max"], report["grad_error_median"]):
+        # Rounding of fp32, and not 0, which would mean that fp32 was compared with itself.
+        assert all(0 <= error < 1e-4 for error in errors.values())
+    assert all(error > 1e-9 for error in report["grad_error_max"].values())
+    largest = report["grad_error_max"]
+    assert report["ratio_of_max"] == largest["packed"] / largest["separate"]

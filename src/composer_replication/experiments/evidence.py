@@ -6,6 +6,7 @@ Every arm of a task has the same settings, data, number of rollouts and order of
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -18,7 +19,9 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from composer_replication.config.loading import dump_config
 from composer_replication.config.run_config import RunConfig
+from composer_replication.environments.api_drift_rules import TOOL_KEYS, drift_from_seed
 from composer_replication.environments.api_drift_tasks import task_from_seed
+from composer_replication.experiments.api_drift_data import pair_tools
 from composer_replication.experiments.evaluate import EvaluationResult, evaluate
 from composer_replication.experiments.evidence_arms import (
     ARMS,
@@ -76,10 +79,9 @@ def run_evidence(
     settings = settings or SETTINGS[run.task]
     arm = ARMS[run.arm]
     knobs = {**settings.knobs, **({"drift_seed": run.drift} if run.drift else {})}
-    train = task_rows(run.task, "train", seed=run.seed, num_episodes=settings.num_train, **knobs)
-    heldout = task_rows(
-        run.task, "heldout", seed=run.seed, num_episodes=settings.num_heldout, **knobs
-    )
+    tools = _tools(run.drift, settings.num_tools)
+    train = _rows(run, "train", settings.num_train, knobs, tools)
+    heldout = _rows(run, "heldout", settings.num_heldout, knobs, tools)
     folder = runs_dir / run.key
     _write_data(folder / "data", run, train)
     config = run_config(run, settings, str(folder / "data"))
@@ -123,6 +125,37 @@ def run_evidence(
         }
     say(f"done  {run.key}  greedy {_rate(result):.0%}  {result['total_s']} s")
     return result
+
+
+def _tools(drift_seed: int, num_tools: int | None) -> list[str]:
+    """The first tools whose rule some pair shows and the last of those that none shows."""
+    if num_tools is None:
+        return []
+    drift = drift_from_seed(drift_seed)
+    covered = pair_tools(drift)
+    others = [rule.tool for rule in drift.rules if rule.tool not in covered]
+    half = num_tools // 2
+    return [*covered[:half], *others[-half:]]
+
+
+def _rows(
+    run: EvidenceRun,
+    split: str,
+    num_prompts: int,
+    knobs: Mapping[str, object],
+    tools: Sequence[str],
+) -> TaskRows:
+    """The first so many prompts of these tools, and the pairs about them; of all where empty."""
+    # A task's prompts go through its tools in turn.
+    num_episodes = num_prompts * len(TOOL_KEYS) // len(tools) if tools else num_prompts
+    rows = task_rows(run.task, split, seed=run.seed, num_episodes=num_episodes, **knobs)
+    if not tools:
+        return rows
+    return dataclasses.replace(
+        rows,
+        prompts=[row for row in rows.prompts if _tool(run.task, row) in tools],
+        pairs=[pair for pair in rows.pairs if json.loads(pair.rejected)["tool"] in tools],
+    )
 
 
 def run_config(run: EvidenceRun, settings: TaskSettings, data: str) -> RunConfig:

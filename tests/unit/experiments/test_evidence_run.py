@@ -27,7 +27,13 @@ def tiny_settings(tmp_path, tiny_llama, smollm2_tokenizer):
     config = {**settings.config, "model": str(model), "grpo": grpo}
     config["rollout"] = {"max_turns": 2, "max_action_tokens": 4}
     return dataclasses.replace(
-        settings, num_train=8, num_heldout=8, num_curve=2, curve_every=1, config=config
+        settings,
+        num_train=8,
+        num_heldout=8,
+        num_curve=2,
+        curve_every=1,
+        config=config,
+        num_tools=None,
     )
 
 
@@ -61,6 +67,19 @@ def test_a_run_trains_measures_and_says_what_it_was(tmp_path, tiny_settings):
     training = (folder / "data" / "prompts.jsonl").read_text()
     assert '"split": "train"' in training
     assert not (folder / "data" / "hint_sites.jsonl").exists()
+
+
+def test_a_run_on_some_tools_has_prompts_and_pairs_of_those_alone(tmp_path, tiny_settings):
+    settings = dataclasses.replace(tiny_settings, num_tools=4)
+    result, _, folder = run("dpo", tmp_path, settings)
+    assert len(result["tools"]) == 8
+    assert set(result["tools"]) == {"read", "delete", "list", "test"}
+    prompts = (folder / "data" / "prompts.jsonl").read_text().splitlines()
+    assert len(prompts) == 8
+    pairs = [
+        json.loads(line) for line in (folder / "data" / "pairs.jsonl").read_text().splitlines()
+    ]
+    assert {json.loads(pair["rejected"])["tool"] for pair in pairs} == {"read", "delete"}
 
 
 def test_the_base_is_measured_and_not_trained_and_an_interrupted_run_leaves_nothing(
