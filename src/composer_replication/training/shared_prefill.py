@@ -43,12 +43,12 @@ def shared_prefill(model: nn.Module) -> Iterator[None]:
             keywords["past_key_values"] = _cache_of(lm, input_ids, attention_mask)
         return generate(input_ids=input_ids, attention_mask=attention_mask, **keywords)
 
-    lm.generate = generate_from_shared
+    vars(lm)["generate"] = generate_from_shared
     try:
         yield
     finally:
         # The class's own method again.
-        del lm.generate
+        del vars(lm)["generate"]
 
 
 def _is_plain(keywords: dict[str, Any]) -> bool:
