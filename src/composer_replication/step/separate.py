@@ -70,8 +70,8 @@ def score_hint_sites(
         )
         teacher_head = output_head(teacher_model)
     policy_hidden = final_hidden_states(model, tensors["input_ids"], tensors["attention_mask"])
-    index = tensors["sdpo_student_index"]
-    policy_rows, policy_head = rows_before(policy_hidden, index), output_head(model)
+    policy_rows = rows_before(policy_hidden, tensors["sdpo_student_index"])
+    policy_head = output_head(model)
     teacher_rows = rows_before(teacher_hidden, tensors["sdpo_teacher_index"]).detach()
     divergence = fused_generalized_jsd(
         policy_rows,
@@ -90,6 +90,7 @@ def score_hint_sites(
     )
     if settings.prefix_weight == "off":
         return divergence
+    index = tensors["sdpo_student_index"]
     return divergence * acceptance_weights(
         (policy_rows, policy_head),
         (teacher_rows, teacher_head),
