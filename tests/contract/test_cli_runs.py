@@ -191,7 +191,7 @@ def test_the_lock_is_free_after_every_ending(experiments, tmp_path):
 MISTAKES = {
     "no_verb": (
         [],
-        "no verb was given. Known: doctor, plan, report, runs, smoke, sweep, train. "
+        "no verb was given. Known: doctor, evaluate, plan, report, runs, smoke, sweep, train. "
         "See 'composer-replication --help'.",
     ),
     "misspelt_verb": (
