@@ -50,6 +50,11 @@ LIMITS = """## What this can and cannot show
 - Task A is built so that GRPO starts without a right answer to reinforce: the new convention is
   in no prompt. A policy that never samples a right call gives GRPO nothing; that is the case
   dense channels are for, and it is not the usual case.
+- What it costs: a model that learned today's rules uses them when a prompt asks for the old ones
+  too (column *old convention*). No training prompt asks for those, so nothing tells the two apart;
+  loss on everyday replies does not change.
+- At T = 1 this model writes prose or code at most prompts (2 nats a token), trained or not; greedy
+  figures are what a user of it would see.
 - A DPO pair's chosen side holds the answer, a hint does not. That is why pairs cover only every
   second rule: columns *rules with pairs* and *rules without* tell the channels apart.
 - Tasks are procedural and short: four to eight tools, calls of some 25 tokens, one or two turns.
