@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 
 from composer_replication.errors import MissingDependencyError, ModelError
-from composer_replication.experiments.evaluation_data import RUN_CONFIG
 from composer_replication.experiments.trainer_setup import device
 from composer_replication.runs.checkpoint_folders import newest_checkpoint
+from composer_replication.runs.followed_run import FollowedRun
 from composer_replication.training.model_source import LoadedModel, check_model_spec, load_model
 
 _ADAPTER_FILE = "adapter_config.json"
-_MODEL_FOLDER = "model"
 
 
 def model_place(given: str, on_note: Callable[[str], None]) -> str:
@@ -27,21 +26,18 @@ def model_place(given: str, on_note: Callable[[str], None]) -> str:
     Raises:
         ModelError: a run directory that holds neither.
     """
-    folder = Path(given).expanduser()
-    if not (folder / RUN_CONFIG).is_file():
+    run = FollowedRun(Path(given).expanduser())
+    if not run.config_path.is_file():
         return given
-    model = folder / _MODEL_FOLDER
-    if model.is_dir():
-        return str(model)
-    checkpoint = newest_checkpoint(folder / "checkpoints", on_note)
+    if run.model_dir.is_dir():
+        return str(run.model_dir)
+    checkpoint = newest_checkpoint(run.checkpoints_dir, on_note)
     if checkpoint is None:
         raise ModelError(
             f"{given} is a run that saved no model and no checkpoint, so there is nothing to "
             "evaluate. A smoke saves none: evaluate a train run, or give a model."
         )
-    on_note(
-        f"{given} has no {_MODEL_FOLDER}/ (the run did not finish): {checkpoint.name} stands in."
-    )
+    on_note(f"{given} has no model/ (the run did not finish): {checkpoint.name} stands in.")
     return str(checkpoint)
 
 

@@ -14,8 +14,6 @@ from typing import Any, cast
 from torch import nn
 
 from composer_replication.experiments.evaluate import (
-    MAX_ACTION_TOKENS,
-    MAX_TURNS,
     EvaluationResult,
     evaluate,
 )
@@ -166,7 +164,7 @@ def _play(
         data.task,
         rows,
         decoding=decoding,
-        max_turns=data.max_turns or MAX_TURNS,
-        max_action_tokens=data.max_action_tokens or MAX_ACTION_TOKENS,
+        max_turns=data.max_turns,
+        max_action_tokens=data.max_action_tokens,
         **how,
     )

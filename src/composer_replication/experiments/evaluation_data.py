@@ -9,15 +9,15 @@ from composer_replication.config.execution_sections import SmokeConfig
 from composer_replication.config.loading import load_config
 from composer_replication.config.run_config import RunConfig
 from composer_replication.errors import ConfigError, DataError, InputError
+from composer_replication.experiments.evaluate import MAX_ACTION_TOKENS, MAX_TURNS
 from composer_replication.experiments.judge_checks import find_judge
 from composer_replication.experiments.run_data import load_run_data, shipped_data
 from composer_replication.experiments.task_registry import SPLITS, task_rows
+from composer_replication.runs.followed_run import FollowedRun
 from composer_replication.traces.json_lines import Row
 from composer_replication.traces.pairs import PreferencePair
 
 HELDOUT_FOLDER = "heldout"
-RUN_CONFIG = "config.toml"
-"""Marks the folder of a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,9 @@ class EvaluationData:
     """Name of the environment."""
     prompts: list[Row]
     pairs: list[PreferencePair]
-    max_turns: int | None = None
-    """Of a run's own episodes; None: until the environment ends them."""
-    max_action_tokens: int | None = None
+    max_turns: int = MAX_TURNS
+    """Of an episode; a run's own limit where it brings the data."""
+    max_action_tokens: int = MAX_ACTION_TOKENS
 
 
 def task_data(
@@ -99,8 +99,8 @@ def folder_data(folder: Path | None, split: str, config: RunConfig | None = None
         settings.rollout.environment or str(data.task),
         data.prompts,
         data.pairs,
-        max_turns=None if config is None else config.rollout.max_turns,
-        max_action_tokens=None if config is None else config.rollout.max_action_tokens,
+        max_turns=MAX_TURNS if config is None else config.rollout.max_turns,
+        max_action_tokens=MAX_ACTION_TOKENS if config is None else config.rollout.max_action_tokens,
     )
 
 
@@ -110,7 +110,7 @@ def run_data_of(place: str, split: str) -> EvaluationData:
     Raises:
         InputError: no run directory, so nothing says what to play.
     """
-    path = Path(place).expanduser() / RUN_CONFIG
+    path = FollowedRun(Path(place).expanduser()).config_path
     if not path.is_file():
         raise InputError(
             f"Nothing says what {place} is to do: --task names a shipped task, --data a folder of "

@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from composer_replication.experiments.evaluate import MAX_ACTION_TOKENS, MAX_TURNS, evaluate
+from composer_replication.experiments.evaluate import evaluate
 from composer_replication.experiments.evaluation_data import EvaluationData
 from composer_replication.runs.step_rows import StepRow
 from composer_replication.runs.summary import HeldoutScores
@@ -113,8 +113,8 @@ class HeldoutEvaluation(TrainerCallback):
             self._data.task,
             self._prompts,
             decoding="greedy",
-            max_turns=self._data.max_turns or MAX_TURNS,
-            max_action_tokens=self._data.max_action_tokens or MAX_ACTION_TOKENS,
+            max_turns=self._data.max_turns,
+            max_action_tokens=self._data.max_action_tokens,
             is_bf16=bool(args.bf16),
         )
         return {

@@ -67,7 +67,6 @@ def run_train(
     )
     tensors = TensorPeakCallback(device())
     heldout = _heldout(parts, loaded, run, console, run.read_heldout() if resume else [])
-    # A step's time begins after the evaluation before it.
     trainer = build_trainer(parts, loaded, [*heldout, metrics, tensors])
     for evaluation in heldout:
         evaluation.trainer = trainer
@@ -125,7 +124,10 @@ def _heldout(
     console: Console,
     earlier_rows: list[StepRow],
 ) -> list[HeldoutEvaluation]:
-    """The held-out evaluations of the run, where its configuration asks for them."""
+    """The held-out evaluations of the run, where its configuration asks for them.
+
+    They stand before the callbacks that time a step: its time begins after them.
+    """
     every_steps = parts.config.evaluation.every_steps
     if parts.heldout is None or not every_steps:
         return []
