@@ -235,9 +235,10 @@ def test_scores_read_one_row_too_late_are_found(judge, monkeypatch):
 
 
 def test_a_gradient_on_rows_of_the_prompt_is_found(judge, monkeypatch):
-    plant(monkeypatch, separate, "score_hint_sites", "return fused_generalized_jsd(",
+    plant(monkeypatch, separate, "score_hint_sites",
+          "divergence = fused_generalized_jsd(",
           "push = 1e-6 * policy_hidden.sum()\n    "
-          "return (push - push.detach()) + fused_generalized_jsd(")  # fmt: skip
+          "divergence = (push - push.detach()) + fused_generalized_jsd(")  # fmt: skip
     causes = failed(judge(), "gradient_rows")
     assert "prompt, hint or padding tokens are trained on" in causes["gradient_rows"]
 
