@@ -35,7 +35,7 @@ CASES = {
 
 def run(output_dir, tree, model=None, **changes):
     trainer = tiny_trainer.build_trainer(output_dir, model=model, tree=tree, **changes)
-    assert trainer.packing.is_on == (tree == "auto")
+    assert trainer.packing.is_on == (tree != "off")
     return tiny_trainer.train(trainer)
 
 
@@ -69,6 +69,16 @@ def test_a_packed_run_of_an_adapter_with_kl_equals_one_with_separate_forwards(tm
 def test_without_an_extra_channel_the_step_is_trls(tmp_path):
     trainer = tiny_trainer.build_trainer(tmp_path, tree="auto", alpha_sdpo=0.0, beta_replay=0.0)
     assert trainer.packing.label == "separate: no extra channel is on, so the step is TRL's own"
+
+
+def test_grpo_alone_is_packed_when_asked_and_equals_one_with_separate_forwards(tmp_path):
+    without = {"alpha_sdpo": 0.0, "beta_replay": 0.0}
+    packed, separate = (run(tmp_path / tree, tree, **without) for tree in ("always", "off"))
+    assert_equal_runs(packed, separate)
+    # The whole group in one forward of its tree; TRL alone makes one too, of padded rows.
+    trainer = tiny_trainer.build_trainer(tmp_path / "counted", tree="always", **without)
+    assert trainer.packing.label == "packed"
+    assert forwards_with_gradient(trainer) == [1, 1]
 
 
 def forwards_with_gradient(trainer):

@@ -41,9 +41,10 @@ class RunConfig(ConfigModel):
     teacher: Literal["live", "ema", "frozen"] | None = None
     """Weights of the hint-conditioned teacher: the policy's own, a slow copy of them, or the
     start's; None: `ema`, or `frozen` under LoRA."""
-    tree: Literal["auto", "off"] = "auto"
+    tree: Literal["auto", "always", "off"] = "auto"
     """Executor of the step: `auto` runs one forward of the prefix tree of all rows where an extra
-    channel is on and the model allows it; `off` runs one forward for each role."""
+    channel is on and the model allows it; `always` does so for GRPO alone too, which is then not
+    TRL's step bit for bit; `off` runs one forward for each role."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seeds Python, NumPy and torch."""
     data: str | None = Field(default=None, min_length=1)

@@ -80,7 +80,9 @@ def run_evidence(
     arm = ARMS[run.arm]
     knobs = {**settings.knobs, **({"drift_seed": run.drift} if run.drift else {})}
     tools = _tools(run.drift, settings.num_tools)
-    train = _rows(run, "train", settings.num_train, knobs, tools)
+    train = _with_old_convention(
+        _rows(run, "train", settings.num_train, knobs, tools), run.task, settings
+    )
     heldout = _rows(run, "heldout", settings.num_heldout, knobs, tools)
     folder = runs_dir / run.key
     _write_data(folder / "data", run, train)
@@ -156,6 +158,21 @@ def _rows(
         prompts=[row for row in rows.prompts if _tool(run.task, row) in tools],
         pairs=[pair for pair in rows.pairs if json.loads(pair.rejected)["tool"] in tools],
     )
+
+
+def _with_old_convention(rows: TaskRows, task: str, settings: TaskSettings) -> TaskRows:
+    """The first `num_train` prompts, with those between them that keep the old convention alive.
+
+    Of each block a prompt further on than of the block before, so that every tool has its turn.
+    """
+    every = settings.old_convention_every
+    if every is None:
+        return rows
+    prompts: list[Row] = []
+    for number, start in enumerate(range(0, len(rows.prompts), every)):
+        block = rows.prompts[start : start + every]
+        prompts += [*block, *old_convention_rows(task, block[number % every :][:1])]
+    return dataclasses.replace(rows, prompts=prompts[: settings.num_train])
 
 
 def run_config(run: EvidenceRun, settings: TaskSettings, data: str) -> RunConfig:

@@ -76,6 +76,9 @@ class TaskSettings:
     num_tools: int | None = None
     """Of `api_drift`: how many of its eight tools prompts and pairs are about, half of them with
     pairs; None: all."""
+    old_convention_every: int | None = None
+    """After so many training prompts one of them comes once more and asks for the convention that
+    the task replaced, which holds there; None: none does."""
 
 
 _GRPO: Mapping[str, object] = MappingProxyType(

@@ -135,8 +135,9 @@ def _setting(
             f"grpo.optim is {name!r}, whose memory is not known here. Known: "
             f"{', '.join(_OPTIMIZERS)}. Plan with one of them for an upper bound."
         )
-    # With both extra channels off TRL runs its own forward.
-    is_packed = config.tree != "off" and (config.alpha_sdpo > 0 or config.beta_replay > 0)
+    # With both extra channels off TRL runs its own forward, unless asked not to.
+    has_channels = config.alpha_sdpo > 0 or config.beta_replay > 0
+    is_packed = config.tree == "always" or (config.tree == "auto" and has_channels)
     default_teacher: TeacherKind = "ema" if lora is None else "frozen"
     return StepCase(
         settings,

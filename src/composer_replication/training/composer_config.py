@@ -45,9 +45,10 @@ class ComposerConfig(GRPOConfig):
     """Weights of the hint-conditioned teacher. None: ema, or frozen under LoRA."""
     teacher_ema_rate: float = 0.05
     """Share of the policy that enters the EMA teacher at each optimizer step."""
-    tree: Literal["auto", "off"] = "auto"
+    tree: Literal["auto", "always", "off"] = "auto"
     """`auto`: one forward of the prefix tree of all rows, where an extra channel is on and the
-    model allows it; `off`: one forward for each role, and rollouts in TRL's order."""
+    model allows it; `always`: for GRPO alone too; `off`: one forward for each role, and rollouts
+    in TRL's order."""
     tree_max_tokens: int | None = 65_536
     """Most tokens of one forward of the tree; more are cut at its nodes into several, whose
     activations never exist together. None: no limit."""

@@ -59,13 +59,14 @@ class Packing:
         Args:
             trainer: with its model, not yet wrapped for several processes.
             settings: of every channel.
-            channels: the extra channels that are on; without any the step is TRL's, bit for bit.
+            channels: the extra channels that are on; without any, and unless `tree` is
+                `always`, the step is TRL's, bit for bit.
         """
         args = cast(ComposerConfig, trainer.args)
         options = TreeOptions(max_tokens=args.tree_max_tokens)
         if args.tree == "off":
             return cls("tree is off", settings, options)
-        if not channels:
+        if not channels and args.tree != "always":
             return cls("no extra channel is on, so the step is TRL's own", settings, options)
         reason = why_not_packed(cast(nn.Module, trainer.model))
         if trainer.aux_loss_enabled:

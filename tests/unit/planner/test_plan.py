@@ -78,6 +78,7 @@ def test_a_run_is_planned_with_the_executor_that_it_takes(planned, machine):
     assert executor("tree=off") == "separate"
     # Without an extra channel the step is TRL's own.
     assert executor("alpha_sdpo=0", "beta_replay=0") == "separate"
+    assert executor("alpha_sdpo=0", "beta_replay=0", "tree=always") == "packed"
 
 
 def test_several_cards_are_looked_at_only_where_one_is_not_enough(planned, machine):
