@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # A CPU build where one is configured for pip; CUDA users may set TORCH=torch for the newest in range.
 TORCH ?= torch==2.13.0
+# Test processes, of one thread each; the largest tests take 8 GiB.
+WORKERS ?= 2
 READY := $(VENV)/.ready
 DEV := $(VENV)/.dev
 
@@ -36,7 +38,7 @@ smoke: $(READY)
 	$(BIN)/composer-replication smoke configs/smoke_smollm2_135m.toml
 
 test: $(DEV)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(DEV)
 	$(BIN)/ruff check .

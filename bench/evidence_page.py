@@ -31,7 +31,7 @@ names.
   folders and words are in neither of the other two; they were not searched for.
   Nothing was chosen on the held-out split. No held-out string is in a hint, a pair or a prompt
   of training. docs/log.md holds the trials.
-- *greedy* and *at T = 1*: exact success on held-out prompts, the first action right and the
+- *greedy* and *at T*, that of the rollouts: exact success on held-out prompts, the first action right and the
   request carried out. The interval is 95 %: over seeds (Student's t) where there are three or
   more, else over prompts (Wilson), which says nothing about other seeds.
 - *rules with pairs*: held-out success on tools whose rule some training pair shows; *rules
@@ -115,6 +115,7 @@ def plot(cells: list[Cell], path: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "evidence"
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.add_subplot()
+    start = _start(cells)
     for cell in cells:
         by_step: dict[int, list[tuple[float, float]]] = {}
         for result in cell.results:
@@ -125,10 +126,10 @@ def plot(cells: list[Cell], path: Path) -> None:
         whole = [p for _, p in sorted(by_step.items()) if len(p) == len(cell.results)]
         if not whole:
             continue
-        tokens = [0.0, *(sum(t for t, _ in points) / len(points) for points in whole)]
-        rates = [[0.0], *([rate for _, rate in points] for points in whole)]
-        if cell.task != "api_drift":
-            tokens, rates = tokens[1:], rates[1:]
+        tokens = [sum(t for t, _ in points) / len(points) for points in whole]
+        rates = [[rate for _, rate in points] for points in whole]
+        if start:
+            tokens, rates = [0.0, *tokens], [start, *rates]
         means = [sum(values) / len(values) for values in rates]
         (line,) = axes.plot(tokens, means, marker="o", ms=3, label=ARMS[cell.arm].title)
         low, high = [min(values) for values in rates], [max(values) for values in rates]
@@ -138,6 +139,18 @@ def plot(cells: list[Cell], path: Path) -> None:
     axes.set_ylim(-0.03, 1.03)
     axes.legend(fontsize=7, frameon=False)
     figure.savefig(path, metadata={"Date": None})
+
+
+def _start(cells: list[Cell]) -> list[float]:
+    """Success before any training, by seed, on the prompts of the curve; empty: not measured."""
+    return [
+        sum(outcomes) / len(outcomes)
+        for cell in cells
+        if cell.arm == "base"
+        for outcomes in (
+            seed[: SETTINGS[cell.task].num_curve] for seed in cell.outcomes("greedy")
+        )
+    ]
 
 
 def _settings(task: str) -> str:

@@ -56,7 +56,7 @@ class OurStep:
         return torch.stack(shares).sum()
 
     def work(self, part: Workload) -> list[Forward]:
-        """Each merged token once; a teacher with other weights has a tree of its own."""
+        """Each merged token once; a teacher that shares too little has a tree of its own."""
         policy = rollout_rows(part)
         scored = _sampled_prefixes(part)
         teacher: list[tuple[Ids, Ids]] = []
@@ -69,13 +69,14 @@ class OurStep:
         tokens, attended = _merged(policy)
         work = [Forward(tokens, attended, len(scored))]
         if teacher:
-            shared = policy if self._setting.own_teacher is None else []
-            all_tokens, all_attended = _merged(shared + teacher)
-            if shared:
+            num_tokens, num_attended = _merged(teacher)
+            all_tokens, all_attended = _merged(policy + teacher)
+            num_own = all_tokens - tokens
+            if self._setting.own_teacher is None and num_tokens - num_own > 2 * num_own:
                 # Riding in the policy's tree, the teacher adds what it does not share with it.
-                all_tokens, all_attended = all_tokens - tokens, all_attended - attended
+                num_tokens, num_attended = num_own, all_attended - attended
             num_hinted = len(_action_prefixes(teacher))
-            work.append(Forward(all_tokens, all_attended, num_hinted, is_trained=False))
+            work.append(Forward(num_tokens, num_attended, num_hinted, is_trained=False))
         return work
 
 

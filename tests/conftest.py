@@ -25,7 +25,11 @@ from transformers import (
 from composer_replication.training.embedded_model import embedded_model_dir
 from composer_replication.training.model_source import hub_is_reachable
 
-torch.set_num_threads(2)
+# Beside other test processes one thread each: two that wait for each other are slower.
+NUM_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+torch.set_num_threads(NUM_THREADS)
+# For the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = str(NUM_THREADS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -60,6 +60,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse with this project's errors instead of a usage dump."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print before it exits."""
         raise InputError(f"{message}. See '{self.prog} --help'.")
 
 

@@ -32,6 +32,7 @@ from composer_replication.experiments.evidence_arms import (
     EvidenceRun,
     TaskSettings,
     fingerprint,
+    sampling_temperature,
 )
 from composer_replication.experiments.forgetting_probe import old_convention_rows, text_loss
 from composer_replication.experiments.hint_controls import (
@@ -59,7 +60,6 @@ from composer_replication.training.model_source import LoadedModel
 from composer_replication.training.trainer import ComposerReplicationTrainer
 
 RESULT_SCHEMA = 1
-SAMPLED_TEMPERATURE = 1.0
 Say = Callable[[str], None]
 
 
@@ -120,7 +120,7 @@ def run_evidence(
             "generated_tokens": curve_tokens,
             "curve": curve,
             "pair_tools": heldout.facts.get("pair_tools", []),
-            **_measured(loaded, run, heldout),
+            **_measured(loaded, run, heldout, sampling_temperature(settings)),
             "train_s": round(train_s, 1),
             "total_s": round(time.perf_counter() - started_s, 1),
             "peak_gib": round(peak_gib(device()), 2),
@@ -234,6 +234,7 @@ class _Curve(TrainerCallback):
     def on_log(
         self, args: object, state: object, control: object, logs: object = None, **kwargs: object
     ) -> None:
+        """Play the first held-out prompts where a point of the curve is due."""
         del args, state, control, kwargs
         rows = self._metrics.rows
         if not isinstance(logs, Mapping) or "loss" not in logs or len(rows) % self._every:
@@ -261,8 +262,10 @@ def _greedy(loaded: LoadedModel, task: str, rows: Sequence[Row]) -> EvaluationRe
     return evaluate(model, tokenizer, task, rows, decoding="greedy", is_bf16=_is_bf16())
 
 
-def _measured(loaded: LoadedModel, run: EvidenceRun, heldout: TaskRows) -> Row:
-    """Held-out success, greedy and sampled, and what may have been forgotten."""
+def _measured(
+    loaded: LoadedModel, run: EvidenceRun, heldout: TaskRows, temperature: float
+) -> Row:
+    """Held-out success, greedy and sampled as in training, and what may have been forgotten."""
     model, tokenizer = _parts(loaded)
     greedy = _greedy(loaded, run.task, heldout.prompts)
     sampled = evaluate(
@@ -271,7 +274,7 @@ def _measured(loaded: LoadedModel, run: EvidenceRun, heldout: TaskRows) -> Row:
         run.task,
         heldout.prompts,
         decoding="sampled",
-        temperature=SAMPLED_TEMPERATURE,
+        temperature=temperature,
         seed=run.seed,
         is_bf16=_is_bf16(),
     )

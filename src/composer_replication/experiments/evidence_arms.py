@@ -9,6 +9,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import cast
 
 import xxhash
 
@@ -151,6 +152,12 @@ SETTINGS: Mapping[str, TaskSettings] = MappingProxyType(
         ),
     }
 )
+
+
+def sampling_temperature(settings: TaskSettings) -> float:
+    """Of rollouts, and so of the sampled evaluation."""
+    grpo = cast(Mapping[str, float], settings.config["grpo"])
+    return grpo["temperature"]
 
 
 @dataclass(frozen=True, slots=True, order=True)

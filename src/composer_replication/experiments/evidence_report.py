@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from composer_replication.experiments.evidence_arms import ARMS, SETTINGS, fingerprint
+from composer_replication.experiments.evidence_arms import (
+    ARMS,
+    SETTINGS,
+    fingerprint,
+    sampling_temperature,
+)
 from composer_replication.experiments.proportions import proportion
 
 Result = Mapping[str, Any]
@@ -105,7 +110,8 @@ def table(cells: Sequence[Cell]) -> list[str]:
     """Lines of a Markdown table over the cells of one task and drift."""
     base = next((cell for cell in cells if cell.arm == "base"), None)
     has_rules = any(result["pair_tools"] for cell in cells for result in cell.results)
-    head = ["arm", "seeds", "greedy", "at T = 1"]
+    temperature = sampling_temperature(SETTINGS[cells[0].task])
+    head = ["arm", "seeds", "greedy", f"at T = {temperature:g}"]
     head += ["rules with pairs", "rules without"] if has_rules else []
     head += ["old convention", "nats a token", "sampled tokens"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]

@@ -63,6 +63,8 @@ class HeldoutEvaluation(TrainerCallback):
         self._last_step = -1
         self.trainer: Trainer | None = None
         """Whose log gets the figures."""
+        self.spent_s = 0.0
+        """Seconds that this process played."""
 
     def on_step_begin(
         self,
@@ -117,6 +119,8 @@ class HeldoutEvaluation(TrainerCallback):
             max_action_tokens=self._data.max_action_tokens,
             is_bf16=bool(args.bf16),
         )
+        seconds = time.perf_counter() - started_s
+        self.spent_s += seconds
         return {
             "step": state.global_step,
             "success": result.success.rate,
@@ -125,7 +129,7 @@ class HeldoutEvaluation(TrainerCallback):
             "reward": result.mean_reward,
             "num_prompts": len(self._prompts),
             "num_failed": result.num_failed,
-            "seconds": round(time.perf_counter() - started_s, 2),
+            "seconds": round(seconds, 2),
         }
 
 

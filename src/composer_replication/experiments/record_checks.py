@@ -38,6 +38,7 @@ class _Lengths:
     place: str = ""
 
     def add(self, num_tokens: int, place: str) -> None:
+        """Count one more row."""
         if num_tokens > self.limit:
             self.num_over += 1
         if num_tokens > self.longest:

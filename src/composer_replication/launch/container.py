@@ -41,6 +41,7 @@ class _Attempts:
 
     @classmethod
     def begin(cls, path: Path, now_s: float) -> "_Attempts":
+        """Note a new attempt beside those before it; it has lasted 0 seconds."""
         path.parent.mkdir(parents=True, exist_ok=True)
         spans = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         attempts = cls(path, [*spans, [now_s, now_s]])

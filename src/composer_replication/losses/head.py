@@ -276,6 +276,7 @@ class _SelectedLogp(torch.autograd.Function):
         tile_rows: int,
         return_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and entropies; of what a tile computes only a number a row is kept."""
         dtype = compute_dtype(hidden, weight)
         lse = torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device)
         logp = torch.empty_like(lse)
@@ -302,6 +303,7 @@ class _SelectedLogp(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401 - torch's own
         *output_grads: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
+        """Each tile's logits once more, and from them all gradients of the tile."""
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
         logp_grad, entropy_grad = output_grads
         if logp_grad is None:

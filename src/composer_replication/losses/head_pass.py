@@ -114,6 +114,7 @@ class _HeadPass(torch.autograd.Function):
         compared: ComparedTokens | None,
         tile_rows: int,
     ) -> tuple[Tensor, ...]:
+        """All log-probs, all entropies, then the divergence if one is asked for."""
         dtype = compute_dtype(hidden, weight)
         edges = [part.start for part in tiles(hidden.shape[0], tile_rows)] + [hidden.shape[0]]
         logs = [_LogProbs(part, edges, dtype) for part in scored]
@@ -139,6 +140,7 @@ class _HeadPass(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401 - torch's own
         *output_grads: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
+        """Each tile's logits once more; every part adds its gradient of them."""
         hidden, weight, bias = ctx.saved_tensors
         grads = HeadGrads(ctx.needs_input_grad, hidden, weight, bias)
         head = replace(ctx.head, weight=weight, bias=bias)

@@ -297,6 +297,7 @@ class _FusedDivergence(torch.autograd.Function):
         tile_rows: int,
         is_grad_enabled: bool,
     ) -> Tensor:
+        """Divergences, and at once the gradient of the policy's rows where one is needed."""
         needs_hidden_grad = is_grad_enabled and ctx.needs_input_grad[0]
         dtype = compute_dtype(policy_hidden, policy_weight)
         values = torch.empty(policy_hidden.shape[0], dtype=dtype, device=policy_hidden.device)
@@ -323,6 +324,7 @@ class _FusedDivergence(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401 - torch's own
         *value_grads: Tensor,
     ) -> tuple[Tensor | None, ...]:
+        """The rows' gradient as it was kept; that of a head that trains, tile by tile."""
         policy_hidden, weight, bias, teacher_hidden, grad_hidden = ctx.saved_tensors
         (value_grad,) = value_grads
         needed = ctx.needs_input_grad

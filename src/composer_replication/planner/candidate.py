@@ -14,6 +14,7 @@ from composer_replication.planner.run_shape import RunShape
 from composer_replication.planner.throughput import (
     Range,
     Speed,
+    evaluation_range,
     gpu_speed,
     step_range,
     step_terms,
@@ -112,7 +113,14 @@ def make_candidate(
         seconds = {name: term.times(factor) for name, term in seconds.items()}
         step_s = calibrated(bare, factor)
     weights = weights_gib(shape.case)
-    clock = wall_clock(shape, step_s, weights, where=place.where, measured_s=measured_s or {})
+    clock = wall_clock(
+        shape,
+        step_s,
+        weights,
+        where=place.where,
+        evaluations_s=evaluation_range(shape, speed).times(factor or 1.0),
+        measured_s=measured_s or {},
+    )
     limit_s = modal.timeout_s or _timeout(shape, clock)
     memory_gib = modal.memory_gib or max(_MODAL_MEMORY_GIB, _MEMORY_PER_WEIGHTS * weights)
 

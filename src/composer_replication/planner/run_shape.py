@@ -37,16 +37,21 @@ _OPTIMIZERS: dict[str, OptimizerName] = {
 
 @dataclass(frozen=True, slots=True)
 class RolloutShape:
-    """What is sampled before a step; 0 rows where nothing is."""
+    """What is sampled together, before a step or in an evaluation; 0 rows where nothing is."""
 
     num_rows: int
     """Sampled together, whatever the micro-batch is."""
+    num_contexts: int
+    """Distinct prompts among them: a group's is computed once."""
     prompt_tokens: int
     sampled_tokens: int
     """Most that one row samples, one after another."""
     resampled_tokens: int
     """Sampled for the actions at hint sites."""
     num_resampled: int
+
+
+_NOTHING_SAMPLED = RolloutShape(0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,10 @@ class RunShape:
     alternates: bool
     is_padded: bool
     """Rows of unequal length are padded, which gives attention a mask to keep."""
+    evaluation: RolloutShape = _NOTHING_SAMPLED
+    """One evaluation on held-out prompts."""
+    num_evaluations: int = 0
+    """In the whole run."""
 
 
 def run_shape(
@@ -99,18 +108,23 @@ def run_shape(
     verb = verb or _verb(config)
     setting = _setting(config, settings, device_type, computes_bf16)
     case = _with_rows(setting, config, data, verb)
+    num_steps = _num_steps(config, data, verb)
+    every_steps = config.evaluation.every_steps if verb == "train" else None
     takes_what_fits = verb == "smoke" and config.smoke.steps is None and device_type == "cpu"
     return RunShape(
         case=replace(case, accumulates=micro_batches > 1),
         rollouts=_rollouts(config, case, micro_batches),
         num_micro_batches=micro_batches,
-        num_steps=_num_steps(config, data, verb),
+        num_steps=num_steps,
         steps_budget_s=config.smoke.time_budget_s if takes_what_fits else None,
         verb=verb,
         typical_share=_typical_share(config, case, data),
         tree_share=data.tree_share,
         alternates=config.batch.channel_schedule == "alternate",
         is_padded=config.smoke.fixed_shapes is None,
+        evaluation=_evaluation(config, case) if every_steps else _NOTHING_SAMPLED,
+        # One before the first step, one after the last.
+        num_evaluations=1 + math.ceil(num_steps / every_steps) if every_steps else 0,
     )
 
 
@@ -207,19 +221,33 @@ def _with_rows(case: StepCase, config: RunConfig, data: DataShape, verb: RunVerb
 
 def _rollouts(config: RunConfig, case: StepCase, micro_batches: int) -> RolloutShape:
     if config.smoke.fixed_shapes is not None:
-        return RolloutShape(0, 0, 0, 0, 0)
+        return _NOTHING_SAMPLED
     per_generation = config.grpo.get("steps_per_generation", micro_batches)
     assert isinstance(per_generation, int)
     sampled = case.completion_tokens
     if config.rollout.reward is None:
         sampled = min(sampled, config.rollout.max_turns * config.rollout.max_action_tokens)
     resamples = config.alpha_sdpo > 0 and config.sdpo.actions == "resampled"
+    num_rows = case.num_rollouts * per_generation
     return RolloutShape(
-        num_rows=case.num_rollouts * per_generation,
+        num_rows=num_rows,
+        num_contexts=math.ceil(num_rows / count(config, "num_generations")),
         prompt_tokens=case.prompt_tokens,
         sampled_tokens=sampled,
         resampled_tokens=config.rollout.max_action_tokens if resamples else 0,
         num_resampled=config.sdpo.sites_per_step if resamples else 0,
+    )
+
+
+def _evaluation(config: RunConfig, case: StepCase) -> RolloutShape:
+    num_prompts = config.evaluation.prompts
+    return RolloutShape(
+        num_rows=num_prompts,
+        num_contexts=num_prompts,
+        prompt_tokens=case.prompt_tokens,
+        sampled_tokens=config.rollout.max_turns * config.rollout.max_action_tokens,
+        resampled_tokens=0,
+        num_resampled=0,
     )
 
 

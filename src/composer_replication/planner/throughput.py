@@ -14,7 +14,7 @@ from composer_replication.planner.hardware import Gpu
 from composer_replication.planner.layer_memory import Precision, layer_memory
 from composer_replication.planner.memory import persistent_bytes, trained_bytes
 from composer_replication.planner.model_shape import ModelShape, model_shape
-from composer_replication.planner.run_shape import RunShape
+from composer_replication.planner.run_shape import RolloutShape, RunShape
 from composer_replication.planner.step_case import StepCase
 
 
@@ -116,12 +116,20 @@ def step_terms(shape: RunShape, speed: Speed, num_gpus: int = 1) -> dict[str, Ra
         moved_s = 3 * weights * (num_gpus - 1) / num_gpus / speed.link_bytes_per_s
         moved = Range(0.3 * moved_s, moved_s, 2 * moved_s)
         train = train.plus(moved.times(shape.num_micro_batches * len(forwards_of(case))))
+    # A generation serves as many steps as it was sampled for.
+    per_step = shape.num_micro_batches * case.num_rollouts / max(shape.rollouts.num_rows, 1)
     return {
-        "rollout": _rollout(shape, model, speed),
+        "rollout": _sampling_s(shape.rollouts, shape, model, speed).times(per_step),
         "teacher": micro["teacher"].times(shape.num_micro_batches),
         "train": train,
         "other": _STEP_OVERHEAD,
     }
+
+
+def evaluation_range(shape: RunShape, speed: Speed) -> Range:
+    """Seconds of all held-out evaluations of a run."""
+    model = model_shape(shape.case.model)
+    return _sampling_s(shape.evaluation, shape, model, speed).times(shape.num_evaluations)
 
 
 def step_range(terms: dict[str, Range]) -> Range:
@@ -195,12 +203,13 @@ def _head_s(
     return Range(*(share * work / rate for share, rate in zip(_shares(shape), rates, strict=True)))
 
 
-def _rollout(shape: RunShape, model: ModelShape, speed: Speed) -> Range:
+def _sampling_s(
+    rollouts: RolloutShape, shape: RunShape, model: ModelShape, speed: Speed
+) -> Range:
     """Prompts, then one token after another; rows end early, at the earliest after a third."""
-    rollouts = shape.rollouts
     if rollouts.num_rows == 0:
         return Range(0.0, 0.0, 0.0)
-    prompts = rollouts.num_rows * rollouts.prompt_tokens
+    prompts = rollouts.num_contexts * rollouts.prompt_tokens
     prefill = _forward_s(shape, model, speed, prompts, rollouts.prompt_tokens, 1, 1)
     sequential = rollouts.sampled_tokens + rollouts.resampled_tokens
     read_bytes = Precision.of(shape.case).compute * model.num_parameters
@@ -211,12 +220,10 @@ def _rollout(shape: RunShape, model: ModelShape, speed: Speed) -> Range:
             speed.bytes_per_s, speed.layer_launch_s, speed.matrix_flops, strict=True
         )
     ]
-    # A generation serves as many steps as it was sampled for.
-    per_step = shape.num_micro_batches * shape.case.num_rollouts / rollouts.num_rows
     decode = Range(
         *(s * sequential * seconds for s, seconds in zip((0.3, 0.6, 1.0), per_token, strict=True))
     )
-    return prefill.plus(decode).times(per_step)
+    return prefill.plus(decode)
 
 
 def _shares(shape: RunShape) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""From seconds of a step to seconds of a run: start, download, load, steps, checks, save."""
+"""From seconds of a step to seconds of a run: start, download, load, steps, evaluations, save."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,6 +58,7 @@ def wall_clock(
     weights_gib: float,
     *,
     where: Where,
+    evaluations_s: Range,
     measured_s: Mapping[str, float],
 ) -> WallClock:
     """The phases of a run.
@@ -68,6 +69,7 @@ def wall_clock(
         weights_gib: read at the start and written at the end.
         where: on this machine, which has the weights already, or in a container that has to start
             and, in the first run, to download them in half precision.
+        evaluations_s: of all held-out evaluations of the run.
         measured_s: of phases that runs of this model on this device took; they replace guesses.
     """
     num_bytes = weights_gib * _GIB
@@ -83,6 +85,8 @@ def wall_clock(
         "step": steps,
         "save": _over(num_bytes, _READ_BYTES_PER_S).plus(Range(0.2, 1.0, 5.0)),
     }
+    if evaluations_s.high > 0:
+        phases["evaluate"] = evaluations_s
     for name in ("cold_start", "download", "load", "save"):
         if name in measured_s:
             phases[name] = Range(*(share * measured_s[name] for share in _MEASURED_SPREAD))

@@ -101,7 +101,8 @@ class Summary(BaseModel):
     """`peak_gib` of the step at the largest shape that the run can meet; GiB."""
     phases_s: dict[str, Figure] = Field(default_factory=dict[str, Figure])
     """Seconds of each phase: cold_start (the process before the run), download (0: nothing to
-    fetch; null: `load` fetched the weights), load, rollout, step (rollouts included), save."""
+    fetch; null: `load` fetched the weights), load, rollout, step (rollouts included),
+    evaluate (held-out prompts while the run trained), save."""
     cost_usd: Figure = None
     """What was billed, in USD; null where nothing is billed."""
     executor: str | None = None

@@ -2,12 +2,14 @@
 
 Rollouts, hint sites and both sides of every pair are merged by common prefix (`trie.py`), attend to
 each other along the tree (`tree_attention.py`), and only rows that predict a scored token meet the
-head (`losses/head_pass.py`). A live teacher's rows ride in the policy's tree, detached; another
-teacher's weights walk a tree of their own without gradient.
+head (`losses/head_pass.py`). A live teacher's rows ride in the policy's tree, detached, where they
+share enough of it; they, and another teacher's weights, otherwise walk a tree of their own without
+gradient.
 
 Letters: B rollouts, C completion tokens, M action tokens, P pairs, N scored tokens, R hidden rows.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -19,7 +21,7 @@ from composer_replication.losses.divergence import DivergenceOptions
 from composer_replication.losses.head_pass import ComparedTokens, ScoredTokens, head_pass
 from composer_replication.step.hidden_states import output_head
 from composer_replication.step.scores import Scores
-from composer_replication.step.separate import acceptance_weights
+from composer_replication.step.separate import acceptance_weights, live_teacher
 from composer_replication.step.settings import StepSettings, TeacherContext
 from composer_replication.step.tree_forward import (
     RowsAsked,
@@ -27,6 +29,7 @@ from composer_replication.step.tree_forward import (
     forward_trees,
     head_tile_rows,
 )
+from composer_replication.step.trie import num_unique_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,8 @@ def score_packed(
         tensors: what `ComposerDataCollator` returned, on the model's device.
         needs: any of `rollouts`, `hint_sites`, `pairs`; a part without data is left None.
         settings: temperatures and the divergence.
-        teacher: opens the teacher's weights; None: the live policy, in the same forward.
+        teacher: opens the teacher's weights; None: the live policy, in the same forward where
+            that is cheaper.
         options: budgets of tokens and of head memory; None: the defaults.
 
     Raises:
@@ -77,8 +81,8 @@ def score_packed(
     roles = _roles(tensors, needs)
     asked = {name: role.asked() for name, role in roles.items()}
     teacher_hidden = teacher_head = None
-    if "teacher" in roles and teacher is not None:
-        with torch.no_grad(), teacher() as teacher_model:
+    if "teacher" in roles and not (teacher is None and _rides(asked)):
+        with torch.no_grad(), (teacher or live_teacher(model))() as teacher_model:
             of_teacher = {"teacher": asked.pop("teacher")}
             hidden, rows = forward_trees(teacher_model, of_teacher, options)
             teacher_hidden, teacher_head = hidden[rows["teacher"]], output_head(teacher_model)
@@ -145,6 +149,19 @@ def _roles(tensors: StepTensors, needs: frozenset[str]) -> dict[str, _Role]:
             ids, is_real = tensors[f"{side}_input_ids"], tensors[f"{side}_attention_mask"]
             roles[name] = _Role(ids, is_real, tensors[f"{side}_response_mask"].nonzero())
     return roles
+
+
+def _rides(asked: Mapping[str, RowsAsked]) -> bool:
+    """Whether a live teacher costs less in the policy's tree than in one of its own.
+
+    In the policy's, each row that it alone has goes through a backward that brings nothing, twice
+    the work of a forward. In its own, each row that it shares with the policy is computed again.
+    """
+    policy = [ids for name, each in asked.items() if name != "teacher" for ids in each.sequences]
+    teacher = list(asked["teacher"].sequences)
+    num_own = num_unique_tokens(policy + teacher) - num_unique_tokens(policy)
+    num_shared = num_unique_tokens(teacher) - num_own
+    return num_shared > 2 * num_own
 
 
 def _only(

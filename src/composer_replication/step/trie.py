@@ -9,6 +9,7 @@ Letters: T rows of the tree (unique tokens), n tokens of one sequence.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -93,6 +94,16 @@ class PrefixTree:
 def dfs_order(sequences: Sequence[Ids]) -> list[int]:
     """Indices of the sequences in the order in which a tree lays them out."""
     return sorted(range(len(sequences)), key=lambda index: sequences[index].tolist())
+
+
+def num_unique_tokens(sequences: Sequence[Ids]) -> int:
+    """Rows that the tree of these sequences has.
+
+    Example: `num_unique_tokens([array([5, 6, 7]), array([5, 6, 8])])` -> `4`.
+    """
+    ordered = [sequences[index] for index in dfs_order(sequences)]
+    shared = sum(common_prefix(first, second) for first, second in pairwise(ordered))
+    return sum(map(len, ordered)) - shared
 
 
 def split_at_nodes(sequences: Sequence[Ids], max_tokens: int | None) -> list[list[int]]:

@@ -7,6 +7,7 @@ import pytest
 
 from composer_replication.experiments.evidence import run_evidence
 from composer_replication.experiments.evidence_arms import ARMS, SETTINGS, EvidenceRun, fingerprint
+from composer_replication.experiments.forgetting_probe import OLD_CONVENTION_TEXT
 from composer_replication.runs.json_text import to_json_text
 
 
@@ -80,6 +81,23 @@ def test_a_run_on_some_tools_has_prompts_and_pairs_of_those_alone(tmp_path, tiny
         json.loads(line) for line in (folder / "data" / "pairs.jsonl").read_text().splitlines()
     ]
     assert {json.loads(pair["rejected"])["tool"] for pair in pairs} == {"read", "delete"}
+
+
+def test_between_the_prompts_some_come_again_and_keep_the_old_convention(tmp_path, tiny_settings):
+    settings = dataclasses.replace(tiny_settings, num_train=8, num_tools=4, old_convention_every=3)
+    _, _, folder = run("grpo", tmp_path, settings)
+    prompts = [
+        json.loads(line) for line in (folder / "data" / "prompts.jsonl").read_text().splitlines()
+    ]
+    requests = [prompt["prompt"][-1]["content"] for prompt in prompts]
+    kept = {
+        number: request.removesuffix(f"\n\n{OLD_CONVENTION_TEXT}")
+        for number, request in enumerate(requests)
+        if OLD_CONVENTION_TEXT in request
+    }
+    # The first of the first three, then the second of the next three.
+    assert kept == {3: requests[0], 7: requests[5]}
+    assert [prompt["num_drifted_tools"] for prompt in prompts] == [8, 8, 8, 0, 8, 8, 8, 0]
 
 
 def test_the_base_is_measured_and_not_trained_and_an_interrupted_run_leaves_nothing(

@@ -81,6 +81,34 @@ def test_a_run_is_planned_with_the_executor_that_it_takes(planned, machine):
     assert executor("alpha_sdpo=0", "beta_replay=0", "tree=always") == "packed"
 
 
+def test_held_out_evaluations_take_their_time(planned, machine):
+    def phases(*more):
+        config = load_config(None, [*TRAIN, "grpo.max_steps=100", *more])
+        return planned(config, machine(), on="modal").chosen.clock.phases_s
+
+    assert "evaluate" not in phases()
+    often = phases("evaluation.every_steps=10")["evaluate"]
+    once = phases("evaluation.every_steps=100")["evaluate"]
+    # One before the first step, then one at the end of each stretch.
+    assert often.expected / once.expected == pytest.approx(11 / 2)
+    fewer = phases("evaluation.every_steps=10", "evaluation.prompts=8")["evaluate"]
+    assert 0 < fewer.expected < often.expected
+    uneven = phases("evaluation.every_steps=30")["evaluate"]
+    assert uneven.expected / once.expected == pytest.approx(5 / 2)
+    # A smoke has none.
+    smoke = load_config(None, ["model=shape:qwen2.5-0.5b", "evaluation.every_steps=10"])
+    assert "evaluate" not in planned(smoke, machine(), on="modal").chosen.clock.phases_s
+
+
+def test_the_prompt_of_a_group_is_computed_once(planned, machine):
+    def rollout(num_generations):
+        options = [*TRAIN, f"grpo.num_generations={num_generations}", "rollout.max_action_tokens=1"]
+        plan = planned(load_config(None, options), machine(), on="modal", gpu=parse_gpu("L4"))
+        return plan.candidates[0].terms_s["rollout"].expected
+
+    assert rollout(8) < rollout(2)
+
+
 def test_several_cards_are_looked_at_only_where_one_is_not_enough(planned, machine):
     config = load_config(None, [*TRAIN, "grpo.per_device_train_batch_size=4"])
     plan = planned(config, machine(), on="modal")

@@ -81,6 +81,33 @@ def test_odd_batches_have_the_scores_and_gradients_of_separate_forwards(tensors,
         assert torch.allclose(grad, other, rtol=1e-9, atol=1e-11)
 
 
+STATE = list(range(7, 27))
+TEACHERS = {
+    # 20 + 2 tokens shared with nobody, none with the policy: a backward of them would be waste.
+    "own tree": (site(STATE, [30, 31, *STATE], [11, 12, 13]), [True, False]),
+    # 2 + 2 of its own after 19 that the policy has too.
+    "rides": (site(STATE, [*STATE[:-1], 30, STATE[-1]], [11, 12, 13]), [True]),
+}
+
+
+@pytest.mark.parametrize(("tensors", "forwards"), TEACHERS.values(), ids=TEACHERS)
+def test_a_live_teacher_takes_the_cheaper_tree_and_gives_the_same_numbers(tensors, forwards, model):
+    with_grad = []
+    handle = model.get_decoder().register_forward_hook(
+        lambda *_: with_grad.append(torch.is_grad_enabled())
+    )
+    results = []
+    for executor in (score_packed, score_separately):
+        divergence = executor(model, tensors, NEEDS, StepSettings(), None).divergence
+        if executor is score_packed:
+            assert sorted(with_grad, reverse=True) == forwards
+        results.append((divergence, *torch.autograd.grad(divergence.sum(), [*model.parameters()])))
+    handle.remove()
+    assert model.training
+    for value, other in zip(*results, strict=True):
+        assert torch.allclose(value, other, rtol=1e-9, atol=1e-11)
+
+
 def test_rollouts_without_a_sampled_token_give_zeros_in_the_graph(model):
     tensors = rollouts([[7, 8]], [[11, 12]], mask=[[0, 0]])
     scores = score_packed(model, tensors, NEEDS, StepSettings())

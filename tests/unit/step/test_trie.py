@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from composer_replication.step.trie import PrefixTree, Run, common_prefix, split_at_nodes
+from composer_replication.step.trie import (
+    PrefixTree,
+    Run,
+    common_prefix,
+    num_unique_tokens,
+    split_at_nodes,
+)
 
 
 def ids(*tokens):
@@ -21,6 +27,7 @@ def assert_layout_is_right(sequences):
     tree = PrefixTree(sequences)
     prefixes = {tuple(s[: n + 1].tolist()) for s in sequences for n in range(len(s))}
     assert tree.num_rows == len(tree.token_ids) == len(prefixes)
+    assert num_unique_tokens(sequences) == len(prefixes)
     visible = tree.visible()
     prefix_of_row = {}
     for sequence, rows in zip(sequences, tree.rows, strict=True):
