@@ -31,8 +31,8 @@ names.
   folders and words are in neither of the other two; they were not searched for.
   Nothing was chosen on the held-out split. No held-out string is in a hint, a pair or a prompt
   of training. docs/log.md holds the trials.
-- *greedy* and *at T*, that of the rollouts: exact success on held-out prompts, the first action right and the
-  request carried out. The interval is 95 %: over seeds (Student's t) where there are three or
+- *greedy* and *at T*, that of the rollouts: exact success on held-out prompts, the first action
+  right and the request carried out. The interval is 95 %: over seeds (Student's t) where there are three or
   more, else over prompts (Wilson), which says nothing about other seeds.
 - *rules with pairs*: held-out success on tools whose rule some training pair shows; *rules
   without*: on tools that only hints and rewards tell about.
@@ -147,9 +147,7 @@ def _start(cells: list[Cell]) -> list[float]:
         sum(outcomes) / len(outcomes)
         for cell in cells
         if cell.arm == "base"
-        for outcomes in (
-            seed[: SETTINGS[cell.task].num_curve] for seed in cell.outcomes("greedy")
-        )
+        for outcomes in (seed[: SETTINGS[cell.task].num_curve] for seed in cell.outcomes("greedy"))
     ]
 
 

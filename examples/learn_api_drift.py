@@ -74,6 +74,8 @@ def main() -> None:
     print(f"  tools that none shows   {rate(before, others)} -> {rate(after, others)}")
     lost = [result["forgetting"]["nats_per_token"] for result in (before, after)]
     print(f"everyday replies: {lost[0]:.2f} -> {lost[1]:.2f} nats a token")
+    kept = [result["forgetting"]["old_convention"] for result in (before, after)]
+    print(f"the old calls, where a prompt asks for them: {kept[0]:.0%} -> {kept[1]:.0%}")
     print(f"errors left: {json.dumps(after['greedy']['error_kinds'])}")
     plot(after["curve"], args.plot)
     print(f"curve: {args.plot}")

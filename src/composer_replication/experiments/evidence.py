@@ -262,9 +262,7 @@ def _greedy(loaded: LoadedModel, task: str, rows: Sequence[Row]) -> EvaluationRe
     return evaluate(model, tokenizer, task, rows, decoding="greedy", is_bf16=_is_bf16())
 
 
-def _measured(
-    loaded: LoadedModel, run: EvidenceRun, heldout: TaskRows, temperature: float
-) -> Row:
+def _measured(loaded: LoadedModel, run: EvidenceRun, heldout: TaskRows, temperature: float) -> Row:
     """Held-out success, greedy and sampled as in training, and what may have been forgotten."""
     model, tokenizer = _parts(loaded)
     greedy = _greedy(loaded, run.task, heldout.prompts)

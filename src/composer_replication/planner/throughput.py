@@ -203,9 +203,7 @@ def _head_s(
     return Range(*(share * work / rate for share, rate in zip(_shares(shape), rates, strict=True)))
 
 
-def _sampling_s(
-    rollouts: RolloutShape, shape: RunShape, model: ModelShape, speed: Speed
-) -> Range:
+def _sampling_s(rollouts: RolloutShape, shape: RunShape, model: ModelShape, speed: Speed) -> Range:
     """Prompts, then one token after another; rows end early, at the earliest after a third."""
     if rollouts.num_rows == 0:
         return Range(0.0, 0.0, 0.0)

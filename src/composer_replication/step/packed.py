@@ -127,8 +127,10 @@ def score_packed(
             assert entropy is not None, "asked for above"
             scores.entropy = empty.index_put(at, entropy)
         else:
-            sums = logp.new_zeros(len(roles[name].ids)).index_add(0, index[:, 0], logp)
-            setattr(scores, f"{name}_logp", sums)
+            # One after another in fp32, 64 tokens of 14 nats are off by 1e-4 nats.
+            zeros = logp.new_zeros(len(roles[name].ids), dtype=torch.float64)
+            sums = zeros.index_add(0, index[:, 0], logp.double())
+            setattr(scores, f"{name}_logp", sums.to(logp.dtype))
     return scores
 
 

@@ -151,6 +151,27 @@ def test_padding_on_either_side_changes_nothing(model):
     assert other.policy_logp[0, 2] == 0
 
 
+def test_the_log_prob_of_a_long_action_is_summed_without_drift():
+    """In fp32 the tokens' own rounding is all that is left, not that of a running sum."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 56, (1, 2000), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    tensors = {}
+    for side in ("chosen", "rejected"):
+        tensors[f"dpo_{side}_input_ids"] = ids
+        tensors[f"dpo_{side}_attention_mask"] = torch.ones_like(ids)
+        tensors[f"dpo_{side}_response_mask"] = mask
+    single = tiny_families.tiny_model("llama", dtype=torch.float32)
+    with torch.no_grad():
+        logp = score_packed(single, tensors, NEEDS, StepSettings()).chosen_logp
+        logits = single(ids).logits[0, :-1].double().log_softmax(-1)
+    exact = logits.gather(-1, ids[0, 1:, None]).sum()
+    assert exact < -5000
+    # An ulp is 5e-4 there; adding up one after another was off by several times that.
+    assert abs(float(logp[0]) - float(exact)) < 1e-3
+
+
 def test_a_tile_of_logits_keeps_to_its_budget():
     head = OutputHead(torch.zeros(2**15, 4))
     assert head_tile_rows(head, CPU, TreeOptions(head_tile_mib=2)) == 16
