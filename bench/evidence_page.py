@@ -32,8 +32,8 @@ names.
   Nothing was chosen on the held-out split. No held-out string is in a hint, a pair or a prompt
   of training. docs/log.md holds the trials.
 - *greedy* and *at T*, that of the rollouts: exact success on held-out prompts, the first action
-  right and the request carried out. The interval is 95 %: over seeds (Student's t) where there are three or
-  more, else over prompts (Wilson), which says nothing about other seeds.
+  right and the request carried out. The interval is 95 %: over seeds (Student's t) where there are
+  three or more, else over prompts (Wilson), which says nothing about other seeds.
 - *rules with pairs*: held-out success on tools whose rule some training pair shows; *rules
   without*: on tools that only hints and rewards tell about.
 - *old convention*: success when a prompt asks for the convention from before the drift, in an
@@ -50,19 +50,20 @@ LIMITS = """## What this can and cannot show
 - Task A is built so that GRPO starts without a right answer to reinforce: the new convention is
   in no prompt. A policy that never samples a right call gives GRPO nothing; that is the case
   dense channels are for, and it is not the usual case.
-- What it costs: a model that learned today's rules uses them when a prompt asks for the old ones
-  too (column *old convention*). No training prompt asks for those, so nothing tells the two apart;
-  loss on everyday replies does not change.
-- At T = 1 this model writes prose or code at most prompts (2 nats a token), trained or not; greedy
-  figures are what a user of it would see.
+- The old convention is kept because every third training prompt asks for it, with the words of the
+  probe and other requests. Without such prompts the same method took it from 92 % to 4 %
+  (docs/log.md): a model that learns today's rules uses them everywhere unless something tells the
+  two apart. Nothing of everyday replies is in training; their loss says what else was lost.
+- At T = 1 this model writes prose or code at most prompts (2 nats a token), trained or not: right
+  at 8 % or fewer after training. Greedy figures are what a user of it would see.
 - A DPO pair's chosen side holds the answer, a hint does not. That is why pairs cover only every
   second rule: columns *rules with pairs* and *rules without* tell the channels apart.
 - Tasks are procedural and short: four to eight tools, calls of some 25 tokens, one or two turns.
   They say nothing about long episodes or about code. With all eight tools of task A the same
   method had learned a fifth of the held-out calls after 8 steps and no more after 12
   (docs/log.md): four is what 24 steps teach.
-- GRPO's groups are of two rollouts, so that a step of 16 has two prompts of each tool. Larger
-  groups would not help it here while no rollout is right; they would where some are.
+- GRPO's groups are of two rollouts, so that a step of 12 has a prompt of each tool. Larger groups
+  would not help it here while no rollout is right; they would where some are.
 - The hints are written by the environment, which knows the rule. A weaker source of hints would
   teach less.
 """
@@ -168,6 +169,7 @@ def _settings(task: str) -> str:
         f"{divergence.get(sdpo['beta'], 'JSD')} and hints placed `{sdpo['hint_placement']}`; "
         f"{settings.num_heldout} held-out prompts, {settings.num_curve} at each point of the curve."
         + _tools_sentence(settings.num_tools)
+        + _old_convention_sentence(settings.old_convention_every)
     )
 
 
@@ -177,6 +179,15 @@ def _tools_sentence(num_tools: int | None) -> str:
     return (
         f" {num_tools} of the eight tools, half of them with pairs; prompts go through the tools "
         "in turn, so that every step has all of them."
+    )
+
+
+def _old_convention_sentence(every: int | None) -> str:
+    if every is None:
+        return ""
+    return (
+        f" After every {every} training prompts one of them comes again and asks for the old "
+        "convention, which its environment keeps."
     )
 
 

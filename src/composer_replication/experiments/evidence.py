@@ -8,6 +8,7 @@ Every arm of a task has the same settings, data, number of rollouts and order of
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -78,12 +79,8 @@ def run_evidence(
     started_s = time.perf_counter()
     settings = settings or SETTINGS[run.task]
     arm = ARMS[run.arm]
-    knobs = {**settings.knobs, **({"drift_seed": run.drift} if run.drift else {})}
-    tools = _tools(run.drift, settings.num_tools)
-    train = _with_old_convention(
-        _rows(run, "train", settings.num_train, knobs, tools), run.task, settings
-    )
-    heldout = _rows(run, "heldout", settings.num_heldout, knobs, tools)
+    train = training_rows(run, settings)
+    heldout = _rows(run, "heldout", settings.num_heldout, settings)
     folder = runs_dir / run.key
     _write_data(folder / "data", run, train)
     config = run_config(run, settings, str(folder / "data"))
@@ -140,14 +137,16 @@ def _tools(drift_seed: int, num_tools: int | None) -> list[str]:
     return [*covered[:half], *others[-half:]]
 
 
-def _rows(
-    run: EvidenceRun,
-    split: str,
-    num_prompts: int,
-    knobs: Mapping[str, object],
-    tools: Sequence[str],
-) -> TaskRows:
-    """The first so many prompts of these tools, and the pairs about them; of all where empty."""
+def training_rows(run: EvidenceRun, settings: TaskSettings) -> TaskRows:
+    """What a run trains on: the same for every arm."""
+    rows = _rows(run, "train", settings.num_train, settings)
+    return _with_old_convention(rows, run.task, settings)
+
+
+def _rows(run: EvidenceRun, split: str, num_prompts: int, settings: TaskSettings) -> TaskRows:
+    """The first so many prompts of the task's tools, and the pairs about them."""
+    knobs = {**settings.knobs, **({"drift_seed": run.drift} if run.drift else {})}
+    tools = _tools(run.drift, settings.num_tools)
     # A task's prompts go through its tools in turn.
     num_episodes = num_prompts * len(TOOL_KEYS) // len(tools) if tools else num_prompts
     rows = task_rows(run.task, split, seed=run.seed, num_episodes=num_episodes, **knobs)
@@ -163,15 +162,18 @@ def _rows(
 def _with_old_convention(rows: TaskRows, task: str, settings: TaskSettings) -> TaskRows:
     """The first `num_train` prompts, with those between them that keep the old convention alive.
 
-    Of each block a prompt further on than of the block before, so that every tool has its turn.
+    Of each block it is the prompt whose tool has had the fewest of them.
     """
     every = settings.old_convention_every
     if every is None:
         return rows
     prompts: list[Row] = []
-    for number, start in enumerate(range(0, len(rows.prompts), every)):
+    num_kept: Counter[str] = Counter()
+    for start in range(0, len(rows.prompts), every):
         block = rows.prompts[start : start + every]
-        prompts += [*block, *old_convention_rows(task, block[number % every :][:1])]
+        kept = min(block, key=lambda row: num_kept[_tool(task, row)])
+        num_kept[_tool(task, kept)] += 1
+        prompts += [*block, *old_convention_rows(task, [kept])]
     return dataclasses.replace(rows, prompts=prompts[: settings.num_train])
 
 

@@ -98,23 +98,27 @@ SETTINGS: Mapping[str, TaskSettings] = MappingProxyType(
     {
         "api_drift": TaskSettings(
             knobs={"num_spare_turns": 0},
-            num_train=192,
+            num_train=96,
             num_heldout=40,
             num_curve=16,
-            curve_every=8,
+            curve_every=4,
             num_tools=4,
+            old_convention_every=2,
             config={
                 "model": "smollm2-135m",
                 "alpha_sdpo": 1.0,
-                "beta_replay": 0.1,
+                "beta_replay": 0.05,
                 "teacher": "frozen",
+                "tree": "always",
                 "grpo": {
                     **_GRPO,
-                    "learning_rate": 4e-5,
+                    "learning_rate": 5e-5,
                     "lr_scheduler_type": "linear",
-                    "max_steps": 24,
-                    # In order every step has two prompts of each tool. Where a step lacks a tool,
-                    # what the others teach spreads to it: a further key after each path.
+                    "max_steps": 16,
+                    # In order every step has a prompt of each tool and the old convention of two.
+                    # Where a step lacks a tool, what the others teach spreads to it: a further key
+                    # after each path.
+                    "per_device_train_batch_size": 12,
                     "num_generations": 2,
                     "shuffle_dataset": False,
                 },
@@ -122,9 +126,9 @@ SETTINGS: Mapping[str, TaskSettings] = MappingProxyType(
                     "beta": 0.0,
                     "temperature": 0.6,
                     "hint_placement": "demonstrate",
-                    "sites_per_step": 16,
+                    "sites_per_step": 12,
                 },
-                "dpo": {"pairs_per_step": 2},
+                "dpo": {"pairs_per_step": 1},
                 "rollout": {"max_turns": 2, "max_action_tokens": 36},
             },
         ),

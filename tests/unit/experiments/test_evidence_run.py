@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from composer_replication.experiments.evidence import run_evidence
+from composer_replication.experiments.evidence import run_evidence, training_rows
 from composer_replication.experiments.evidence_arms import ARMS, SETTINGS, EvidenceRun, fingerprint
 from composer_replication.experiments.forgetting_probe import OLD_CONVENTION_TEXT
 from composer_replication.runs.json_text import to_json_text
@@ -63,7 +63,7 @@ def test_a_run_trains_measures_and_says_what_it_was(tmp_path, tiny_settings):
     assert result["forgetting"]["nats_per_token"] > 0
     row = json.loads((folder / "run" / "metrics.jsonl").read_text())
     assert row["tokens/sdpo"] > 0
-    assert row["pairs/dpo"] == 2
+    assert row["pairs/dpo"] == 1
     assert any(line.startswith("step 1  reward") for line in lines)
     training = (folder / "data" / "prompts.jsonl").read_text()
     assert '"split": "train"' in training
@@ -95,9 +95,17 @@ def test_between_the_prompts_some_come_again_and_keep_the_old_convention(tmp_pat
         for number, request in enumerate(requests)
         if OLD_CONVENTION_TEXT in request
     }
-    # The first of the first three, then the second of the next three.
-    assert kept == {3: requests[0], 7: requests[5]}
+    # Of read, list, test the first; of delete, read, list not the one that was kept before.
+    assert kept == {3: requests[0], 7: requests[4]}
     assert [prompt["num_drifted_tools"] for prompt in prompts] == [8, 8, 8, 0, 8, 8, 8, 0]
+
+
+def test_every_tool_keeps_its_old_convention_as_often():
+    settings = dataclasses.replace(SETTINGS["api_drift"], num_train=24, old_convention_every=2)
+    rows = training_rows(EvidenceRun("api_drift", "all", 0), settings)
+    kept = [row for row in rows.prompts if not row["num_drifted_tools"]]
+    tools = [row["prompt"][-1]["content"].split()[0] for row in kept]
+    assert sorted(tools) == sorted(["Read", "List", "Run", "Delete"] * 2)
 
 
 def test_the_base_is_measured_and_not_trained_and_an_interrupted_run_leaves_nothing(
