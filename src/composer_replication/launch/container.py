@@ -1,8 +1,8 @@
 """The body of a remote job: one attempt inside a container that may vanish at any instant.
 
-What must survive is in the runs' volume, committed whenever a checkpoint is complete and every half
-minute between. The next attempt finds it there and goes on. No dollar is spent after the deadline,
-however often the platform starts the job again.
+What must survive is in the runs' volume, committed whenever a checkpoint or a part of an evaluation
+is complete and every half minute between. The next attempt finds it there and goes on. No dollar is
+spent after the deadline, however often the platform starts the job again.
 """
 
 import json
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import cast
 
 from composer_replication.errors import LaunchError
-from composer_replication.launch.job import Job, command_line, write_files
+from composer_replication.launch.job import VOLUME_FOLDER, Job, command_line, write_files
 from composer_replication.launch.processes import run_process
 from composer_replication.runs.atomic_files import write_text_atomically
 from composer_replication.runs.checkpoint_folders import checkpoint_folders
-from composer_replication.runs.run_directory import SUMMARY_FILE
+from composer_replication.runs.run_directory import FIGURES_PREFIX, SUMMARY_FILE, has_passed
 
 RESULT_SCHEMA = 1
 ATTEMPTS_FOLDER = ".attempts"
@@ -75,7 +75,7 @@ def run_attempt(
     job = Job.from_payload(payload)
     folder = runs / job.job_id
     attempts = _Attempts.begin(runs / ATTEMPTS_FOLDER / f"{job.job_id}.json", started_s)
-    if _has_passed(folder):
+    if has_passed(folder):
         # The platform may give a job that was done to another container.
         return _result("exit", 0, folder, attempts)
     end_s = min(job.deadline_s or float("inf"), started_s + (job.timeout_s or float("inf")))
@@ -85,6 +85,7 @@ def run_attempt(
     oom_kills = _oom_kills()
     with tempfile.TemporaryDirectory() as workspace:
         write_files(job, Path(workspace))
+        (Path(workspace) / VOLUME_FOLDER).symlink_to(runs, target_is_directory=True)
         ending = run_process(
             command_line(job, folder),
             environment={"PYTHONPATH": _source_path(workspace)},
@@ -115,24 +116,26 @@ class _Watch:
     """Commits what a run has written, as it goes."""
 
     def __init__(self, folder: Path, attempts: _Attempts, commit: Callable[[], None]) -> None:
-        self._checkpoints = folder / "checkpoints"
+        self._folder = folder
         self._attempts = attempts
         self._commit = commit
-        self._newest = self._newest_checkpoint()
+        self._seen = self._progress()
         self._committed_s = time.time()
         commit()
 
     def tick(self) -> None:
-        """Commit where a checkpoint is new, or the last commit is long ago."""
-        newest, now_s = self._newest_checkpoint(), time.time()
-        if newest == self._newest and now_s - self._committed_s < COMMIT_EVERY_S:
+        """Commit where a checkpoint or a part is new, or the last commit is long ago."""
+        seen, now_s = self._progress(), time.time()
+        if seen == self._seen and now_s - self._committed_s < COMMIT_EVERY_S:
             return
-        self._newest, self._committed_s = newest, now_s
+        self._seen, self._committed_s = seen, now_s
         self._attempts.touch(now_s)
         self._commit()
 
-    def _newest_checkpoint(self) -> Path | None:
-        return next(iter(checkpoint_folders(self._checkpoints)), None)
+    def _progress(self) -> list[Path]:
+        """The newest checkpoint, and the parts that an evaluation has finished."""
+        parts = sorted(self._folder.glob(f"{FIGURES_PREFIX}*.json"))
+        return [*checkpoint_folders(self._folder / "checkpoints")[:1], *parts]
 
 
 def held_s(result: Mapping[str, object]) -> float:
@@ -153,13 +156,6 @@ def _result(ending: str, exit_code: int, folder: Path, attempts: _Attempts) -> d
         "summary": summary,
         "attempts": attempts.spans_s,
     }
-
-
-def _has_passed(folder: Path) -> bool:
-    try:
-        return json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["status"] == "passed"
-    except (FileNotFoundError, ValueError, KeyError):
-        return False
 
 
 def _source_path(workspace: str) -> str:

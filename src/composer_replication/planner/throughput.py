@@ -99,12 +99,16 @@ def cpu_speed(num_threads: int, flags: frozenset[str]) -> Speed:
 def step_terms(shape: RunShape, speed: Speed, num_gpus: int = 1) -> dict[str, Range]:
     """Seconds of one optimizer step: rollout, teacher, train and other.
 
+    An evaluation's step is all that one model plays: rollout and other.
+
     Args:
         shape: of the run; typical rows set the expected time and the largest ones the high.
         speed: of the device.
         num_gpus: each computes its own rollouts and rows; sharded weights are gathered.
     """
     model = model_shape(shape.case.model)
+    if shape.verb == "evaluate":
+        return {"rollout": _rollout(shape, model, speed), "other": _STEP_OVERHEAD}
     micro = _micro_batch(shape, model, speed)
     case = shape.case
     update_bytes = 7 * trained_bytes(case) + 3 * persistent_bytes(case)["teacher"]
