@@ -176,7 +176,7 @@ SWEEP_HELP = """\
 usage: composer-replication sweep [-h] [--grid KEY=V1,V2] [--point KEY=V,KEY=V] [--seeds N]
                                   [--parallel N] [--set KEY=VALUE] [--out DIR] [--resume] [--json]
                                   [--on WHERE] [--gpu NAME[:N]] [--budget USD] [--yes]
-                                  [--hub-secret NAME] [--ledger FILE]
+                                  [--hub-secret NAME] [--ledger FILE] [--dry-run]
                                   CONFIG.toml
 
 Runs CONFIG.toml at every point of a grid or a list, and ranks what came out.
@@ -200,6 +200,7 @@ options:
   --yes                on modal: spend without asking
   --hub-secret NAME    on modal: secret there that holds HF_TOKEN
   --ledger FILE        on modal: accounts of jobs that share --budget
+  --dry-run            print the members as they would start; runs nothing
 
 Writes runs/<name>-sweep/: members/ with a run directory each, logs/, sweep.json (the table),
 report.html (the picture). A member that fails is retried once and stops no other. --resume runs
@@ -209,6 +210,7 @@ examples:
   composer-replication sweep configs/train_qwen2.5_7b.toml --grid alpha_sdpo=0,0.1 --seeds 3
   composer-replication sweep runs/first/config.toml --grid alpha_sdpo=0,0.05,0.1,0.2 \\
       --grid beta_replay=0,0.05 --parallel 4 --out runs/weights
+  composer-replication sweep configs/train_qwen2.5_7b.toml --seeds 4 --on modal --dry-run
 
 exit codes: 0 every member passed, 1 one failed twice, 2 your input, 130 Ctrl-C
 """
