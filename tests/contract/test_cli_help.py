@@ -216,7 +216,7 @@ exit codes: 0 every member passed, 1 one failed twice, 2 your input, 130 Ctrl-C
 """
 
 RUNS_HELP = """\
-usage: composer-replication runs [-h] [--yes] [--json] ACTION [ID]
+usage: composer-replication runs [-h] [--yes] [--set KEY=VALUE] [--json] ACTION [ID]
 
 Lists launched jobs, follows, ends, fetches or resumes one.
 
@@ -225,9 +225,10 @@ positional arguments:
   ID
 
 options:
-  -h, --help  show this help message and exit
-  --yes       resume: spend without asking
-  --json      print the summary as one JSON object on stdout, all else on stderr
+  -h, --help       show this help message and exit
+  --yes            resume: spend without asking
+  --set KEY=VALUE  resume: another limit, such as modal.timeout_s=7200
+  --json           print the summary as one JSON object on stdout, all else on stderr
 
 actions:
   list        every launched job, and every run directory in runs/

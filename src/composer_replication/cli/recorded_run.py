@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import errno
 import os
 import sys
 import time
@@ -18,6 +17,7 @@ from composer_replication.errors import (
     InputError,
     RunDirectoryError,
 )
+from composer_replication.runs.atomic_files import NO_ROOM
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,8 +30,6 @@ EXIT_CODES = {"passed": 0, "failed": EXIT_FAILED, "stopped": EXIT_STOPPED}
 """Exit code of each status of a summary."""
 
 RUNS_FOLDER = Path("runs")
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def carry_out_in_run(
@@ -175,7 +173,7 @@ def _memory_explained(config: "RunConfig") -> Iterator[None]:
 def _in_words(error: Exception, run: "RunDirectory") -> str:
     if isinstance(error, ComposerError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return (
             f"{run.path} cannot be written any more ({error.strerror}), so the run stopped. What "
             "was written is whole. Free space, then go on with --resume."

@@ -5,6 +5,7 @@ is complete and every half minute between. The next attempt finds it there and g
 spent after the deadline, however often the platform starts the job again.
 """
 
+import contextlib
 import json
 import os
 import tempfile
@@ -17,7 +18,11 @@ from typing import cast
 from composer_replication.errors import LaunchError
 from composer_replication.launch.job import VOLUME_FOLDER, Job, command_line, write_files
 from composer_replication.launch.processes import run_process
-from composer_replication.runs.atomic_files import write_text_atomically
+from composer_replication.runs.atomic_files import (
+    NO_ROOM,
+    write_bytes_atomically,
+    write_text_atomically,
+)
 from composer_replication.runs.checkpoint_folders import checkpoint_folders
 from composer_replication.runs.run_directory import FIGURES_PREFIX, SUMMARY_FILE, has_passed
 
@@ -28,6 +33,9 @@ ATTEMPTS_FOLDER = ".attempts"
 COMMIT_EVERY_S = 30.0
 GRACE_S = 15.0
 """Between asking a run to end and killing it; a preempted container has 30 s in all."""
+
+_PROBE_BYTES = 1024**2
+"""A summary and a row of metrics are smaller."""
 
 _CGROUP_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
@@ -41,16 +49,17 @@ class _Attempts:
 
     @classmethod
     def begin(cls, path: Path, now_s: float) -> "_Attempts":
-        path.parent.mkdir(parents=True, exist_ok=True)
         spans = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         attempts = cls(path, [*spans, [now_s, now_s]])
         attempts.touch(now_s)
         return attempts
 
     def touch(self, now_s: float) -> None:
-        """This attempt is still alive."""
+        """This attempt is still alive; a volume without room keeps the older time."""
         self.spans_s[-1][1] = now_s
-        write_text_atomically(self.path, json.dumps(self.spans_s))
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(self.path, json.dumps(self.spans_s))
 
 
 def run_attempt(
@@ -64,8 +73,8 @@ def run_attempt(
         commit: makes what was written there survive this container.
 
     Returns:
-        `ending` (`exit`, `deadline`, `timeout`, `out_of_memory`), `exit_code`, `summary` and
-        `attempts`, the Unix times between which each attempt was alive.
+        `ending` (`exit`, `deadline`, `timeout`, `out_of_memory`, `volume_full`), `exit_code`,
+        `summary` and `attempts`, the Unix times between which each attempt was alive.
 
     Raises:
         LaunchError: the run died of a signal; the platform tries again, and the run resumes.
@@ -104,6 +113,9 @@ def run_attempt(
         return _result("deadline" if is_deadline else "timeout", 1, folder, attempts)
     if ending.exit_code < 0 and _oom_kills() > oom_kills:
         return _result("out_of_memory", 1, folder, attempts)
+    if ending.exit_code != 0 and not _has_room(runs):
+        # Another attempt would find it as full.
+        return _result("volume_full", 1, folder, attempts)
     if ending.exit_code < 0:
         raise LaunchError(
             f"The run died of signal {-ending.exit_code}; another attempt goes on from its newest "
@@ -163,6 +175,17 @@ def _source_path(workspace: str) -> str:
     source = Path(__file__).parents[2]
     given = os.environ.get("PYTHONPATH")
     return os.pathsep.join([workspace, str(source), *([given] if given else [])])
+
+
+def _has_room(runs: Path) -> bool:
+    """Whether the volume takes another file."""
+    probe = runs / ".room"
+    try:
+        write_bytes_atomically(probe, bytes(_PROBE_BYTES))
+        probe.unlink()
+    except OSError as error:
+        return error.errno not in NO_ROOM
+    return True
 
 
 def _oom_kills() -> int:

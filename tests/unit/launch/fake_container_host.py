@@ -114,15 +114,13 @@ class ContainerHost:
         reader = threading.Thread(target=_read, args=(call.process.stdout, call.lines))
         reader.start()
         try:
-            call.process.wait(min(lifetime_s or 1e6, definition.timeout_secs))
-        except subprocess.TimeoutExpired:
-            kill(call.process)
-            reader.join()
-            if lifetime_s is None:
-                return RESULT.GENERIC_STATUS_TIMEOUT, "time-out"
-            return None, None
+            end = _wait(call.process, home / "started", lifetime_s, definition.timeout_secs)
         finally:
             call.billed_s += time.monotonic() - started_s
+        if end is not None:
+            kill(call.process)
+            reader.join()
+            return (None, None) if end == "preempted" else (RESULT.GENERIC_STATUS_TIMEOUT, end)
         reader.join()
         if not (home / "output").exists():
             return (None, None) if call.is_cancelled else (RESULT.GENERIC_STATUS_FAILURE, "it died")
@@ -177,6 +175,21 @@ class ContainerHost:
             "MODAL_TOKEN_SECRET": "as-x",
             "MODAL_CONFIG_PATH": "/nonexistent.toml",
         }
+
+
+def _wait(process, mark, lifetime_s, timeout_s):
+    """What ended it from outside; a time-out counts from the body's start, which sets the mark."""
+    started_s, body_s = time.monotonic(), None
+    while process.poll() is None:
+        now_s = time.monotonic()
+        if body_s is None and mark.exists():
+            body_s = now_s
+        if lifetime_s is not None and now_s - started_s >= lifetime_s:
+            return "preempted"
+        if body_s is not None and now_s - body_s >= timeout_s:
+            return "time-out"
+        time.sleep(0.01)
+    return None
 
 
 def _read(stream, lines):

@@ -19,6 +19,8 @@ class FakeModal(ContainerHost, api_grpc.ModalClientBase):
         super().__init__(root, environment)
         self.calls = []
         self.tags = {}
+        self.variants = []
+        """Options of the variants of a function that were asked for."""
         self.refusal = None
         """(RPC, status, text) that is refused."""
         self.bill = {}
@@ -81,6 +83,21 @@ class FakeModal(ContainerHost, api_grpc.ModalClientBase):
         )
         return pb.FunctionCreateResponse(
             function_id=function_id, function_data=data, handle_metadata=metadata
+        )
+
+    def on_FunctionBindParams(self, req):
+        """A variant of the function, such as on another card."""
+        self.variants.append(req.function_options)
+        definition = self.definition()
+        metadata = pb.FunctionHandleMetadata(
+            function_name=definition.function_name,
+            function_type=definition.function_type,
+            supported_input_formats=definition.supported_input_formats,
+            supported_output_formats=definition.supported_output_formats,
+            max_object_size_bytes=2**21,
+        )
+        return pb.FunctionBindParamsResponse(
+            bound_function_id=f"{req.function_id}-{len(self.variants)}", handle_metadata=metadata
         )
 
     def on_SecretGetOrCreate(self, req):

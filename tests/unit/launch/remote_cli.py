@@ -11,17 +11,20 @@ from composer_replication.launch.records import load_records
 
 def cli(*arguments, platform=None, program=("-m", "composer_replication"), **environment):
     """The finished process of a command; `platform` gives it credentials for the double."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("MODAL_")}
-    environment = {**inherited, "MODAL_CONFIG_PATH": "/nonexistent.toml", **environment}
-    if platform is not None:
-        environment |= platform.client_environment()
     return subprocess.run(
         [sys.executable, *program, *arguments],
-        env=environment,
+        env=environment_of(platform, **environment),
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
     )
+
+
+def environment_of(platform, **environment):
+    """This process's own without credentials for Modal, or with those for the double."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("MODAL_")}
+    credentials = {} if platform is None else platform.client_environment()
+    return {**inherited, "MODAL_CONFIG_PATH": "/nonexistent.toml", **environment, **credentials}
 
 
 def content_of(folder):
