@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from composer_replication.errors import InputError
+from composer_replication.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from composer_replication.config.run_config import RunConfig
@@ -101,7 +101,11 @@ def plan_key(member: "SweepMember") -> str:
 
 
 def plan_here(members: "list[SweepMember]", *, asked: int) -> SweepPlan:
-    """The plan on this machine: as many at a time as were asked for and fit its memory."""
+    """The plan on this machine: as many at a time as were asked for and fit its memory.
+
+    Raises:
+        DataError: data that no member could read.
+    """
     from datetime import UTC, datetime
 
     from composer_replication.launch.pool import num_slots
@@ -115,7 +119,7 @@ def plan_here(members: "list[SweepMember]", *, asked: int) -> SweepPlan:
         request = PlanRequest(config=member.config, on="local", verb="train")
         try:
             plan = make_plan(request, machine, prices=prices, today=today)
-        except InputError:
+        except (ModelError, ConfigError):
             # What the formulas do not know may well run: its memory is the user's to judge.
             slots = num_slots(asked, num_members=len(members), member_gib=None, free_gib=None)
             return SweepPlan(members, {}, slots)

@@ -106,16 +106,16 @@ class _Packer:
         folder = Path(given).expanduser()
         if not folder.is_dir():
             return given
-        target = _target(folder, name)
+        target, option = _target(folder, name), "MODEL" if name == "model" else "--against"
         if not is_run_folder(given):
-            self._model_folder(folder, target, given, lambda _: True)
+            self._model_folder(folder, target, option, lambda _: True)
             return target
         place = Path(model_place(given, self._on_note))
         job_id = self._job_of(folder)
         if job_id is not None and _num_bytes(place) > MAX_FILE_BYTES:
             self._on_note(f"{given} is read from the volume, as {job_id} left it there.")
             return f"{VOLUME_FOLDER}/{job_id}"
-        self._model_folder(place, f"{target}/model", given, _holds_model)
+        self._model_folder(place, f"{target}/model", option, _holds_model)
         self._run_config(folder, target)
         return target
 
@@ -144,14 +144,14 @@ class _Packer:
         return config.model_copy(update={"data": target})
 
     def _model_folder(
-        self, folder: Path, target: str, given: str, keeps: Callable[[Path], bool]
+        self, folder: Path, target: str, option: str, keeps: Callable[[Path], bool]
     ) -> None:
         """Weights, configuration and tokenizer; of an adapter the base too where that is here."""
         base = base_of_adapter(str(folder))
         is_here = base is None or Path(base).expanduser().is_dir()
         if is_here:
             check_evaluated_model(str(folder))
-        self.files |= packed_folder(folder, target, given, keeps=keeps)
+        self.files |= packed_folder(folder, target, option, keeps=keeps)
         if base is not None and is_here:
             self._base(Path(base).expanduser(), f"{target}/{ADAPTER_FILE}")
 

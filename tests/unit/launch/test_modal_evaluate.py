@@ -137,7 +137,10 @@ REFUSALS = {
     "over the cap": (["--yes", "--budget", "0.001"], "0.001"),
     "two cards": (["--yes", "--gpu", "L4:2"], "an evaluation computes on one card"),
     "a key of modal": (["--yes", "--set", "modal.timeot_s=3"], "Did you mean 'modal.timeout_s'?"),
-    "too large": (["--yes", "--against", "large"], "large' of 65 MiB, and 64 MiB travel"),
+    "too large": (
+        ["--yes", "--against", "large"],
+        "--against is 'large' of 65 MiB, and 64 MiB travel",
+    ),
     "not in the image": (
         ["--yes", "--task", "reasoning_gym"],
         "which the image of a remote run leaves out",

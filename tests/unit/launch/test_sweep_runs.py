@@ -153,3 +153,14 @@ def test_a_dry_run_on_modal_prices_the_whole_sweep_without_credentials(
     assert main(remote) == 0
     assert '"max_containers": 4' in capsys.readouterr().out
     assert not (workplace / "runs").exists()
+
+
+def test_what_the_planner_does_not_know_runs_in_the_written_order(workplace, capsys):
+    grid = ["sweep", "base.toml", "--grid", "grpo.max_steps=2,6", "--parallel", "2"]
+    assert main([*grid, "--set", "grpo.optim=lion_32bit", "--dry-run", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [row["point"]["grpo.max_steps"] for row in answer["members"]] == ["2", "6"]
+    assert (answer["num_parallel"], answer["wall_s"]) == (2, None)
+    assert main([*grid, "--set", "data=nowhere"]) == 2
+    assert "nowhere has no prompts.jsonl" in capsys.readouterr().err
+    assert not (workplace / "runs").exists()
