@@ -2,16 +2,21 @@
 
 import json
 import shutil
+import tomllib
+from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 
 from composer_replication.cli import main
 from composer_replication.config.loading import dump_config
 from composer_replication.config.run_config import RunConfig
-from composer_replication.experiments.evaluated_model import model_place
+from composer_replication.experiments.evaluated_model import load_evaluated_model, model_place
 from composer_replication.experiments.evaluation_report import EvaluationReport
 from composer_replication.experiments.task_registry import write_task
+from composer_replication.launch.records import load_records
+from composer_replication.runs.summary import Summary
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +37,9 @@ def saved(tmp_path_factory, tiny_llama, smollm2_tokenizer):
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+LOAD = "composer_replication.experiments.evaluation.load_evaluated_model"
 
 
 def evaluate(*arguments):
@@ -64,10 +72,18 @@ def test_two_models_on_the_same_prompts(saved, capsys, tmp_path):
     )
     assert report.model.forgetting.nats_per_token != report.against.forgetting.nats_per_token
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".lock",
+        "config.toml",
         "episodes_after.jsonl",
         "episodes_before.jsonl",
         "evaluation.json",
+        "schema.json",
+        "summary.json",
     ]
+    summary = Summary.model_validate_json((tmp_path / "out/summary.json").read_text())
+    assert (summary.status, summary.model) == ("passed", report.model.label)
+    asked = tomllib.loads((tmp_path / "out/config.toml").read_text())["evaluate"]
+    assert (asked["task"], asked["episodes"], asked["seed"]) == ("call_format", 3, 0)
     assert json.loads((tmp_path / "out/evaluation.json").read_text()) == json.loads(printed.out)
     lines = (tmp_path / "out/episodes_after.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in lines] == [0, 1, 2, 0, 0, 1, 1, 2, 2]
@@ -89,6 +105,75 @@ def test_a_run_brings_its_own_heldout_data_and_limits(saved, capsys, tmp_path):
     assert evaluate(run, "--samples", 1, "--split", "train") == 0
     second = json.loads((tmp_path / "runs/evaluate-call_format-2/evaluation.json").read_text())
     assert second["num_prompts"] == 2
+
+
+SMALL = "--task call_format --episodes 2 --samples 1 --out out"
+
+
+def test_a_finished_evaluation_is_not_run_again(saved, capsys, monkeypatch):
+    assert evaluate(saved("a"), SMALL, "--json") == 0
+    first = capsys.readouterr().out
+    assert evaluate(saved("a"), SMALL) == 2
+    assert "out already holds a run" in capsys.readouterr().err
+    monkeypatch.setattr(LOAD, lambda *_: pytest.fail("a model was loaded"))
+    assert evaluate(saved("a"), SMALL, "--resume --json") == 0
+    assert capsys.readouterr().out == first
+    assert evaluate(saved("a"), SMALL.replace("1", "2"), "--resume") == 2
+    assert "out was begun with other values of samples (out/config.toml" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_was_killed_measures_what_is_missing(saved, capsys, monkeypatch):
+    flags = f"{SMALL} --against {saved('a')} --json"
+    loaded = []
+
+    def load(place, say):
+        loaded.append(place)
+        if len(loaded) == 2:
+            raise KeyboardInterrupt
+        return load_evaluated_model(place, say)
+
+    monkeypatch.setattr(LOAD, load)
+    assert evaluate(saved("b", 5), flags) == 130
+    assert json.loads(capsys.readouterr().out)["status"] == "stopped"
+    assert evaluate(saved("b", 5), flags, "--resume") == 0
+    resumed = json.loads(capsys.readouterr().out)
+    assert loaded == [str(saved("a")), str(saved("b")), str(saved("b"))]
+    assert not list(Path("out").glob("figures_*"))
+    assert evaluate(saved("b"), flags.replace("--out out", "--out whole")) == 0
+    whole = json.loads(capsys.readouterr().out)
+    for report in (resumed, whole):
+        report["total_s"] = report["model"]["seconds"] = report["against"]["seconds"] = 0
+    assert resumed == whole
+    for name in ("after", "before"):
+        episodes = f"episodes_{name}.jsonl"
+        assert Path("out", episodes).read_text() == Path("whole", episodes).read_text()
+
+
+def test_a_process_of_its_own_finds_the_same(saved, capfd, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    assert evaluate(saved("a"), SMALL, "--json") == 0
+    here = json.loads(capfd.readouterr().out)
+    there = f"{SMALL.replace('--out out', '--out there')} --on local --json"
+    assert evaluate(saved("a"), there) == 0
+    found = json.loads(capfd.readouterr().out)
+    for report in (here, found):
+        report["total_s"] = report["model"]["seconds"] = 0
+    assert found == here
+    (record,) = load_records(Path("runs"))
+    assert (record.verb, record.where, record.status) == ("evaluate", "local", "passed")
+    assert evaluate(saved("a"), there, "--resume") == 0  # finished: no second process
+    assert len(load_records(Path("runs"))) == 1
+
+
+def test_a_run_lends_its_data_to_another_model(saved, capsys, tmp_path):
+    write_task(tmp_path / "data", "call_format", num_episodes={"train": 2, "heldout": 3})
+    run_folder(tmp_path / "run", tmp_path / "data")
+    assert evaluate(saved("a"), "--data run --samples 1 --out out --json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["data"] == f"{tmp_path / 'data'}, heldout"
+    assert report["model"]["greedy"]["num_tokens"] <= 3 * 5
+    assert evaluate(saved("a"), "--data out") == 2
+    assert "out is what an evaluation wrote" in capsys.readouterr().err
 
 
 def test_pairs_and_the_old_convention_are_measured_where_the_task_has_them(saved, capsys):
@@ -141,6 +226,11 @@ REFUSALS = {
     "too many": (["m", "--task", "call_format", "--episodes", "1001"], "1 to 1000"),
     "temperature": (["m", "--task", "call_format", "--temperature", "0"], "above 0"),
     "not a temperature": (["m", "--task", "call_format", "--temperature", "nan"], "above 0"),
+    "modal here": (
+        ["m", "--task", "call_format", "--set", "modal.retries=2"],
+        "no knob 'modal.retries'",
+    ),
+    "dry run here": (["m", "--task", "call_format", "--dry-run"], "--on modal is not given"),
     "seed": (["m", "--task", "call_format", "--seed", "-1"], "--seed is '-1'"),
     "unknown model": (["smolm2-135m", "--task", "call_format"], "smollm2-135m"),
     "unknown model before": (
@@ -152,10 +242,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_cannot_work_is_refused_before_a_model_loads(name, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "composer_replication.experiments.evaluation.load_evaluated_model",
-        lambda *_: pytest.fail("a model was loaded"),
-    )
+    monkeypatch.setattr(LOAD, lambda *_: pytest.fail("a model was loaded"))
     arguments, text = REFUSALS[name]
     assert evaluate(*arguments) == 2
     printed = capsys.readouterr()
@@ -165,11 +252,12 @@ def test_what_cannot_work_is_refused_before_a_model_loads(name, capsys, tmp_path
     assert not list(tmp_path.rglob("*evaluat*"))
 
 
-def test_a_folder_with_files_is_not_written_into(capsys, tmp_path):
+def test_a_folder_with_files_is_not_written_into(saved, capsys, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("mine")
-    assert evaluate("smollm2-135m", "--task", "call_format", "--out", "out") == 2
-    assert "out holds files already" in capsys.readouterr().err
+    assert evaluate(saved("a"), "--task", "call_format", "--out", "out") == 2
+    assert "out is not empty and is not a run directory" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["notes.txt"]
 
 
 def test_data_without_a_heldout_split_is_refused(capsys, tmp_path):

@@ -172,11 +172,63 @@ Writes nothing.
 exit codes: 0 done, 2 your input
 """
 
+EVALUATE_HELP = """\
+usage: composer-replication evaluate [-h] [--task NAME] [--data DIR] [--against MODEL]
+                                     [--split NAME] [--episodes N] [--samples K] [--temperature T]
+                                     [--seed N] [--set KEY=VALUE] [--out DIR] [--resume] [--json]
+                                     [--on WHERE] [--gpu NAME[:N]] [--budget USD] [--yes]
+                                     [--dry-run] [--detach] [--hub-secret NAME] [--ledger FILE]
+                                     MODEL
+
+Plays held-out episodes, greedy and sampled, and says what changed and how surely.
+
+positional arguments:
+  MODEL
+
+options:
+  -h, --help         show this help message and exit
+  --task NAME        shipped task: api_drift, call_format, fix_call, reasoning_gym
+  --data DIR         data folder of yours with heldout/, or a run that has one
+  --against MODEL    the model before; measured on the same prompts
+  --split NAME       heldout (default), train, or of a task validation
+  --episodes N       prompts of the task; default its own number
+  --samples K        sampled episodes of each prompt; default 4
+  --temperature T    of the sampled episodes; default 1
+  --seed N           of the task's data and of sampling; default 0
+  --set KEY=VALUE    one knob of the task, or modal.KEY; may be repeated
+  --out DIR          default runs/evaluate-<task>, numbered where taken
+  --resume           go on in the run directory of --out, or in the latest of this name
+  --json             print the summary as one JSON object on stdout, all else on stderr
+  --on WHERE         local: in a process of its own; modal: on a rented card
+  --gpu NAME[:N]     on modal: this card, such as L4 or H100!:2; default: the plan's
+  --budget USD       on modal: cap on the worst case, and the run's deadline
+  --yes              on modal: spend without asking
+  --dry-run          on modal: print what would be created; sends nothing
+  --detach           on modal: start it and return
+  --hub-secret NAME  on modal: secret there that holds HF_TOKEN
+  --ledger FILE      on modal: accounts of jobs that share --budget
+
+MODEL is what a configuration's model is, a run directory (its model/, or its newest checkpoint), or
+a folder with a LoRA adapter. Without --task and --data, a run directory is measured on the held-out
+split of its own data. Nothing of a held-out split is in the training data.
+
+Writes --out: evaluation.json, every episode in episodes_after.jsonl and episodes_before.jsonl,
+config.toml, summary.json. --resume runs what is missing there; what is finished is printed.
+
+examples:
+  composer-replication evaluate smollm2-135m --task api_drift
+  composer-replication evaluate runs/first --against smollm2-135m
+  composer-replication evaluate runs/first --task call_format --set num_demos=1 --episodes 100
+  composer-replication evaluate Qwen/Qwen2.5-7B-Instruct --task api_drift --on modal --dry-run
+
+exit codes: 0 done, 1 failed, 2 your input, 130 Ctrl-C
+"""
+
 SWEEP_HELP = """\
 usage: composer-replication sweep [-h] [--grid KEY=V1,V2] [--point KEY=V,KEY=V] [--seeds N]
                                   [--parallel N] [--set KEY=VALUE] [--out DIR] [--resume] [--json]
                                   [--on WHERE] [--gpu NAME[:N]] [--budget USD] [--yes]
-                                  [--hub-secret NAME] [--ledger FILE]
+                                  [--hub-secret NAME] [--ledger FILE] [--dry-run]
                                   CONFIG.toml
 
 Runs CONFIG.toml at every point of a grid or a list, and ranks what came out.
@@ -200,6 +252,7 @@ options:
   --yes                on modal: spend without asking
   --hub-secret NAME    on modal: secret there that holds HF_TOKEN
   --ledger FILE        on modal: accounts of jobs that share --budget
+  --dry-run            print the members as they would start; runs nothing
 
 Writes runs/<name>-sweep/: members/ with a run directory each, logs/, sweep.json (the table),
 report.html (the picture). A member that fails is retried once and stops no other. --resume runs
@@ -209,12 +262,13 @@ examples:
   composer-replication sweep configs/train_qwen2.5_7b.toml --grid alpha_sdpo=0,0.1 --seeds 3
   composer-replication sweep runs/first/config.toml --grid alpha_sdpo=0,0.05,0.1,0.2 \\
       --grid beta_replay=0,0.05 --parallel 4 --out runs/weights
+  composer-replication sweep configs/train_qwen2.5_7b.toml --seeds 4 --on modal --dry-run
 
 exit codes: 0 every member passed, 1 one failed twice, 2 your input, 130 Ctrl-C
 """
 
 RUNS_HELP = """\
-usage: composer-replication runs [-h] [--yes] [--json] ACTION [ID]
+usage: composer-replication runs [-h] [--yes] [--set KEY=VALUE] [--json] ACTION [ID]
 
 Lists launched jobs, follows, ends, fetches or resumes one.
 
@@ -223,9 +277,10 @@ positional arguments:
   ID
 
 options:
-  -h, --help  show this help message and exit
-  --yes       resume: spend without asking
-  --json      print the summary as one JSON object on stdout, all else on stderr
+  -h, --help       show this help message and exit
+  --yes            resume: spend without asking
+  --set KEY=VALUE  resume: another limit, such as modal.timeout_s=7200
+  --json           print the summary as one JSON object on stdout, all else on stderr
 
 actions:
   list        every launched job, and every run directory in runs/
@@ -277,6 +332,7 @@ def test_the_help_is_the_pinned_one(flag, capsys):
     [
         ("smoke", SMOKE_HELP),
         ("train", TRAIN_HELP),
+        ("evaluate", EVALUATE_HELP),
         ("sweep", SWEEP_HELP),
         ("runs", RUNS_HELP),
         ("doctor", DOCTOR_HELP),

@@ -12,6 +12,7 @@ from composer_replication.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from composer_replication.config.run_config import RunConfig
+    from composer_replication.launch.job import Job
 
 _MODAL_NAMES = ("gpu", "budget", "yes", "dry_run", "detach", "hub_secret", "ledger")
 
@@ -20,13 +21,18 @@ PLACES = ("local", "modal")
 ON = Option("--on", "WHERE", "local: in a process of its own; modal: on a rented card")
 
 
-def is_elsewhere(options: argparse.Namespace) -> bool:
+def is_elsewhere(options: argparse.Namespace, *, may_dry_run: bool = False) -> bool:
     """Whether the run is for another process than this one.
+
+    Args:
+        options: of the verb.
+        may_dry_run: it shows what it would do on this machine, too.
 
     Raises:
         InputError: a place that does not exist, or options of Modal's without it.
     """
-    flags = [f"--{name.replace('_', '-')}" for name in _MODAL_NAMES if vars(options).get(name)]
+    names = [name for name in _MODAL_NAMES if not (may_dry_run and name == "dry_run")]
+    flags = [f"--{name.replace('_', '-')}" for name in names if vars(options).get(name)]
     if flags and options.on != "modal":
         raise InputError(
             f"{flags[0]} says how a run is carried out on Modal, and --on modal is not given. "
@@ -64,25 +70,39 @@ def run_on_local(
         config: resolved; names the folder.
         overrides: `KEY=VALUE`, what the verb's own options set included.
     """
-    import time
-
     from composer_replication.launch.job import Job, new_job_id
-    from composer_replication.launch.local import num_local_gpus, run_local
-    from composer_replication.launch.records import LaunchRecord, run_status, save_record
+    from composer_replication.launch.local import num_local_gpus
 
     # Refuses a folder in use or with results here, where nothing has been started.
     with open_run(options, config.name) as run:
         folder = run.path
-        run.summary_path.unlink(missing_ok=True)
     job = Job(
         job_id=new_job_id(config.name),
         verb=verb,
         arguments=verb_arguments(options.config, overrides),
         num_processes=max(num_local_gpus(), 1),
     )
+    return run_job_on_local(job, folder, options)
+
+
+def run_job_on_local(job: "Job", folder: Path, options: argparse.Namespace) -> Answer:
+    """Carry a job out in a process of its own, on record, and answer with its summary.
+
+    Args:
+        job: of one of the verbs that fill a run directory.
+        folder: its run directory, which was opened before and so is free.
+        options: `json`.
+    """
+    import time
+
+    from composer_replication.launch.local import run_local
+    from composer_replication.launch.records import LaunchRecord, run_status, save_record
+
+    # An earlier attempt's would be read as this one's if it dies.
+    (folder / "summary.json").unlink(missing_ok=True)
     record = LaunchRecord(
         job_id=job.job_id,
-        verb=verb,
+        verb=job.verb,
         where="local",
         folder=str(folder),
         status="running",

@@ -20,13 +20,27 @@ if TYPE_CHECKING:
 _HOUR_S = 3600.0
 
 _ENDINGS = {
-    "deadline": "The run reached the deadline that its cap allows and was asked to end.",
-    "timeout": "The run reached its time-out and was asked to end.",
+    "deadline": (
+        "The run reached the deadline that its cap allows and was asked to end. It goes on under "
+        "the same cap with `composer-replication runs resume {job_id}`."
+    ),
+    "timeout": (
+        "The run reached its time-out and was asked to end. It goes on from its newest checkpoint "
+        "with `composer-replication runs resume {job_id}`, and for longer with "
+        "`--set modal.timeout_s=SECONDS` after that."
+    ),
     "out_of_memory": (
-        "The run was killed because it needed more RAM than its container has. Raise "
-        "modal.memory_gib."
+        "The run was killed because it needed more RAM than its container has. It goes on with "
+        "more by `composer-replication runs resume {job_id} --set modal.memory_gib=GIB`."
+    ),
+    "volume_full": (
+        "The volume composer-replication-runs has no room left, so the run stopped. What was "
+        "committed is whole. `modal volume ls composer-replication-runs` lists what is there; make "
+        "room with `modal volume rm -r composer-replication-runs NAME`, then go on with "
+        "`composer-replication runs resume {job_id}`."
     ),
 }
+"""What to do about an ending that is not the run's own."""
 
 
 def ask(options: argparse.Namespace, question: str) -> bool:
@@ -118,7 +132,8 @@ def finish(
     record.status = "failed"
     save_record(RUNS_FOLDER, record)
     num_files = modal_job.fetch_run(record.job_id, folder)
-    problem = _ENDINGS.get(cast("str", result["ending"]))
+    told = _ENDINGS.get(cast("str", result["ending"]))
+    problem = None if told is None else told.format(job_id=record.job_id)
     source = "Modal's bill" if billed_usd is not None else "held seconds x prices"
     note = f"cost_usd is {source}; the container was held for {held_s(result):.0f} s in all."
     path = folder / "summary.json"

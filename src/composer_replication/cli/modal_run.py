@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from composer_replication.cli.modal_calls import ask, carry_out_on_modal
@@ -13,8 +14,10 @@ from composer_replication.errors import BudgetError, ConfigError, InputError
 
 if TYPE_CHECKING:
     from composer_replication.config.run_config import RunConfig
+    from composer_replication.launch.bundle import Bundle
     from composer_replication.launch.job import Job
     from composer_replication.planner.candidate import Candidate
+    from composer_replication.planner.evaluation_shape import EvaluationSize
     from composer_replication.planner.hardware import Gpu
     from composer_replication.planner.plan import Plan
 
@@ -43,22 +46,50 @@ def run_on_modal(
         BudgetError: over the cap; nothing was sent.
         InputError: what cannot run there, nobody to ask, or no credentials.
     """
-    from composer_replication.launch.function_spec import function_spec
-    from composer_replication.launch.records import LaunchRecord
+    from composer_replication.launch.bundle import bundle
 
     plan = plan_on_modal(verb, options, config)
+    return send_to_modal(verb, options, config, plan, bundle(options.config, overrides, config))[0]
+
+
+def send_to_modal(
+    verb: str, options: argparse.Namespace, config: "RunConfig", plan: "Plan", packed: "Bundle"
+) -> tuple[Answer, Path | None]:
+    """Show the plan, ask, and carry it out; or with `--dry-run` show what would be created.
+
+    Args:
+        verb: of the job.
+        options: `out`, `resume`, `json`, and those of `MODAL_OPTIONS`.
+        config: its `name` and `[modal]`.
+        plan: with a place.
+        packed: the job's arguments and files.
+
+    Returns:
+        The answer, and the run directory; None where nothing was sent.
+
+    Raises:
+        BudgetError: over the cap; nothing was sent.
+        InputError: nobody to ask, or no credentials.
+    """
+    from composer_replication.launch.function_spec import function_spec
+    from composer_replication.launch.job import Job, new_job_id
+    from composer_replication.launch.records import LaunchRecord
+
     chosen = plan.chosen
     assert chosen is not None, "a plan without a place was refused"
-    job = _job(verb, options, config, overrides, chosen)
+    job = Job(
+        job_id=new_job_id(config.name), verb=verb, arguments=packed.arguments, files=packed.files
+    )
+    job = with_limits(job, options.gpu, chosen, config)
     spec = function_spec(job, hub_secret=options.hub_secret, region=config.modal.region)
     if options.dry_run:
-        return _dry_run(options, plan, chosen, spec.to_payload())
+        return _dry_run(options, plan, chosen, spec.to_payload()), None
     say = _sayer(options)
     _show(options, plan)
     worst = f"at most {chosen.worst_usd:.2f} USD"
     if not ask(options, f"Spend about {chosen.expected_usd:.2f} USD, {worst}?"):
         say("Nothing was sent.")
-        return "{}", 0
+        return ("{}", 0), None
     _check_modal_installed()
     with open_run(options, config.name) as run:
         folder = run.path
@@ -77,13 +108,22 @@ def run_on_modal(
         hub_secret=options.hub_secret,
         region=config.modal.region,
     )
-    return carry_out_on_modal(job, spec, record, detaches=options.detach, say=say)
+    return carry_out_on_modal(job, spec, record, detaches=options.detach, say=say), folder
 
 
 def plan_on_modal(
-    verb: Literal["smoke", "train"], options: argparse.Namespace, config: "RunConfig"
+    verb: Literal["smoke", "train", "evaluate"],
+    options: argparse.Namespace,
+    config: "RunConfig",
+    evaluation: "EvaluationSize | None" = None,
 ) -> "Plan":
     """The plan of a run there, with a place chosen.
+
+    Args:
+        verb: that runs.
+        options: `gpu` and `budget`, and `config` of a smoke.
+        config: of the run; of an evaluation its `model` and `[modal]`.
+        evaluation: what an evaluation plays.
 
     Raises:
         BudgetError: every place is over the cap.
@@ -107,9 +147,11 @@ def plan_on_modal(
         budget_usd=_budget(options.budget),
         fills_smoke_defaults=verb == "smoke" and options.config is None,
         verb=verb,
+        evaluation=evaluation,
     )
     today = datetime.now(UTC).date()
-    runs = measured_runs(RUNS_FOLDER)
+    # Steps that train say nothing of episodes that are played.
+    runs = measured_runs(RUNS_FOLDER) if evaluation is None else []
     plan = make_plan(request, this_machine(), prices=current_prices(), today=today, runs=runs)
     _refuse_no_place(plan, config)
     return plan
@@ -144,26 +186,6 @@ def _refuse_without_bf16(card: "Gpu", config: "RunConfig") -> None:
             f"grpo.bf16 is true and {card.name} has no bf16. Take an L4 or a newer card, or set "
             "grpo.bf16 = false."
         )
-
-
-def _job(
-    verb: str,
-    options: argparse.Namespace,
-    config: "RunConfig",
-    overrides: Sequence[str],
-    chosen: "Candidate",
-) -> "Job":
-    from composer_replication.launch.bundle import bundle
-    from composer_replication.launch.job import Job, new_job_id
-
-    packed = bundle(options.config, overrides, config)
-    job = Job(
-        job_id=new_job_id(config.name),
-        verb=verb,
-        arguments=packed.arguments,
-        files=packed.files,
-    )
-    return with_limits(job, options.gpu, chosen, config)
 
 
 def with_limits(
@@ -218,7 +240,7 @@ def _show(options: argparse.Namespace, plan: "Plan") -> None:
 
     console = Console(stderr=options.json)
     console.width = max(console.width, 100)
-    print_plan(plan, console, config_path=options.config, solved=[])
+    print_plan(plan, console, config_path=vars(options).get("config"), solved=[])
 
 
 def _sayer(options: argparse.Namespace) -> Callable[[str], None]:

@@ -6,74 +6,117 @@ import hashlib
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from composer_replication.cli.modal_calls import ask, finish, settle_without_result
 from composer_replication.cli.modal_run import plan_on_modal, with_limits
 from composer_replication.cli.recorded_run import RUNS_FOLDER
+from composer_replication.cli.sweep_plan import SweepBill, SweepPlan, distinct_members, plan_key
 from composer_replication.cli.verb import EXIT_STOPPED
-from composer_replication.errors import ComposerError, InputError
+from composer_replication.errors import BudgetError, ComposerError, InputError
 
 if TYPE_CHECKING:
-    from composer_replication.config.run_config import RunConfig
     from composer_replication.experiments.sweep import StartMember
     from composer_replication.experiments.sweep_grid import SweepMember
+    from composer_replication.launch.function_spec import FunctionSpec
     from composer_replication.launch.job import Job
     from composer_replication.launch.ledger import Ledger
     from composer_replication.launch.modal_job import RemoteFunction
     from composer_replication.launch.records import LaunchRecord
     from composer_replication.planner.candidate import Candidate
+    from composer_replication.planner.plan import Plan
 
 _POLL_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class SweepBill:
-    """What a sweep may cost: its dearest member stands for each."""
-
-    candidate: "Candidate"
-    """The place of the member that needs the most memory; all members run there."""
-    config: "RunConfig"
-    """Of a member; its `[modal]` holds for all."""
-    num_members: int
-    budget_usd: float | None
-
-    @property
-    def worst_usd(self) -> float:
-        """Of all members, or the cap where that is less."""
-        worst_usd = self.num_members * self.candidate.worst_usd
-        return worst_usd if self.budget_usd is None else min(worst_usd, self.budget_usd)
-
-    def slots(self, asked: int) -> int:
-        """Members at a time whose worst cases fit the cap together."""
-        if self.budget_usd is None:
-            return asked
-        return max(min(asked, int(self.budget_usd // self.candidate.worst_usd)), 1)
-
-
-def sweep_bill(options: argparse.Namespace, members: "Sequence[SweepMember]") -> SweepBill:
-    """Plan every point and answer whether to spend.
+def plan_sweep_on_modal(
+    options: argparse.Namespace, members: "list[SweepMember]", *, asked: int
+) -> SweepPlan:
+    """Every point on the card of the one that needs the most memory.
 
     Raises:
         BudgetError: the cap is under the worst case of one member.
-        InputError: a member that fits nowhere, or the answer was no.
+        InputError: a member that fits nowhere.
     """
-    distinct = {m.config.model_dump_json(exclude={"name", "seed"}): m for m in members}
-    plans = [plan_on_modal("train", options, member.config) for member in distinct.values()]
-    chosen = [plan.chosen for plan in plans if plan.chosen is not None]
-    candidate = max(chosen, key=lambda c: (c.memory.peak_gib, c.worst_usd))
-    bill = SweepBill(candidate, members[0].config, len(members), plans[0].budget_usd)
+    distinct = distinct_members(members)
+    plans = {
+        key: plan_on_modal("train", options, member.config) for key, member in distinct.items()
+    }
+    chosen = [plan.chosen for plan in plans.values() if plan.chosen is not None]
+    largest = max(chosen, key=lambda c: (c.memory.peak_gib, c.worst_usd))
+    there = {key: _on_card(plan, largest) for key, plan in plans.items()}
+    # The function has one time-out: that of the longest member, on the card of the largest.
+    longest = max(there.values(), key=lambda c: c.timeout_s)
+    candidate = replace(largest, timeout_s=longest.timeout_s, worst_usd=longest.worst_usd)
+    candidates = {member.name: there[plan_key(member)] for member in members}
+    budget_usd = next(iter(plans.values())).budget_usd
+    if budget_usd is not None and candidate.worst_usd > budget_usd:
+        raise BudgetError(
+            f"A member may cost {candidate.worst_usd:.2f} USD on {candidate.place.label}, over the "
+            f"cap of {budget_usd:g} USD. Raise --budget, or set modal.timeout_s. Nothing was sent."
+        )
+    bill = SweepBill(
+        candidate,
+        members[0].config,
+        len(members),
+        sum(each.expected_usd for each in candidates.values()),
+        budget_usd,
+    )
+    return SweepPlan(members, candidates, bill.slots(asked), bill)
+
+
+def ask_for_sweep(options: argparse.Namespace, bill: SweepBill) -> None:
+    """Say what the sweep may cost, and go on where the answer is yes.
+
+    Raises:
+        InputError: it is no, or nobody is there to give it.
+    """
+    candidate = bill.candidate
     sys.stderr.write(
-        f"sweep   {len(members)} members on {candidate.place.label}, each at most "
+        f"sweep   {bill.num_members} members on {candidate.place.label}, each at most "
         f"{candidate.worst_usd:.2f} USD\n"
     )
-    expected_usd = len(members) * candidate.expected_usd
-    if not ask(options, f"Spend about {expected_usd:.2f} USD, at most {bill.worst_usd:.2f} USD?"):
+    question = f"Spend about {bill.expected_usd:.2f} USD, at most {bill.worst_usd:.2f} USD?"
+    if not ask(options, question):
         raise InputError("The answer was no, so nothing was sent.")
-    return bill
+
+
+def sweep_function(
+    options: argparse.Namespace, bill: SweepBill, sweep_folder: Path, num_parallel: int
+) -> "tuple[Job, FunctionSpec]":
+    """A member's job without its configuration, and the function that all members call.
+
+    Args:
+        options: those of `MODAL_OPTIONS`.
+        bill: of the sweep.
+        sweep_folder: names it: the same for the same folder, so that a sweep that goes on finds
+            what its members committed.
+        num_parallel: members at a time.
+    """
+    from composer_replication.launch.function_spec import function_spec
+    from composer_replication.launch.job import Job
+
+    digest = hashlib.sha256(str(sweep_folder.resolve()).encode()).hexdigest()[:6]
+    blank = Job(job_id=f"{sweep_folder.name}-{digest}", verb="train")
+    limits = with_limits(blank, options.gpu, bill.candidate, bill.config)
+    spec = function_spec(
+        limits,
+        hub_secret=options.hub_secret,
+        region=bill.config.modal.region,
+        max_containers=num_parallel,
+    )
+    return limits, spec
+
+
+def _on_card(plan: "Plan", largest: "Candidate") -> "Candidate":
+    """The plan's candidate on the card that all members get."""
+    same = (c for c in plan.candidates if c.place.label == largest.place.label)
+    found = next(same, plan.chosen)
+    assert found is not None, "a plan without a place was refused"
+    return found
 
 
 @contextlib.contextmanager
@@ -86,23 +129,10 @@ def modal_members(
         ComposerError: Modal refused, or cannot be reached.
     """
     from composer_replication.launch import modal_job
-    from composer_replication.launch.function_spec import function_spec
-    from composer_replication.launch.job import Job
     from composer_replication.launch.ledger import Ledger
 
-    # The same for the same folder, so that a sweep that goes on finds what its members committed.
-    digest = hashlib.sha256(str(sweep_folder.resolve()).encode()).hexdigest()[:6]
-    sweep_id = f"{sweep_folder.name}-{digest}"
     ledger = Ledger(options.ledger or sweep_folder / "ledger.json")
-    blank = Job(job_id=sweep_id, verb="train")
-    limits = with_limits(blank, options.gpu, bill.candidate, bill.config)
-    spec = function_spec(
-        limits,
-        run_id=sweep_id,
-        hub_secret=options.hub_secret,
-        region=bill.config.modal.region,
-        max_containers=num_parallel,
-    )
+    limits, spec = sweep_function(options, bill, sweep_folder, num_parallel)
     with modal_job.launched(spec, shows_output=False) as remote:
 
         def start(member: "SweepMember", folder: Path, stops: threading.Event) -> int:
@@ -111,7 +141,7 @@ def modal_members(
             packed = bundle(sweep_folder / "configs" / f"{member.name}.toml", [], member.config)
             job = replace(
                 limits,
-                job_id=f"{sweep_id}-{member.name}",
+                job_id=f"{limits.job_id}-{member.name}",
                 arguments=packed.arguments,
                 files=packed.files,
                 deadline_s=time.time() + (limits.retries + 1) * (limits.timeout_s or 0.0),

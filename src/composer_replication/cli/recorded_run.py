@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import errno
 import os
 import sys
 import time
@@ -18,6 +17,7 @@ from composer_replication.errors import (
     InputError,
     RunDirectoryError,
 )
+from composer_replication.runs.atomic_files import NO_ROOM
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,8 +30,6 @@ EXIT_CODES = {"passed": 0, "failed": EXIT_FAILED, "stopped": EXIT_STOPPED}
 """Exit code of each status of a summary."""
 
 RUNS_FOLDER = Path("runs")
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def carry_out_in_run(
@@ -59,7 +57,9 @@ def carry_out_in_run(
             _refuse_another_configuration(run, config)
         run.write_config(dump_config(config))
         console = Console(stderr=options.json)
-        summary, code = _run_and_record(config, run, lambda: body(run, console))
+        summary, code = record_ending(
+            run, lambda: body(run, console), model=config.model, config=config
+        )
     return summary.to_json(), code
 
 
@@ -111,16 +111,30 @@ def _refuse_another_configuration(run: "RunDirectory", config: "RunConfig") -> N
         )
 
 
-def _run_and_record(
-    config: "RunConfig", run: "RunDirectory", body: "Callable[[], Summary]"
+def record_ending(
+    run: "RunDirectory",
+    body: "Callable[[], Summary]",
+    *,
+    model: str | None,
+    config: "RunConfig | None" = None,
 ) -> "tuple[Summary, int]":
-    """Run the body; where it raises, `summary.json` says so and `error.txt` has the traceback."""
+    """Run the body; where it raises, `summary.json` says so and `error.txt` has the traceback.
+
+    Args:
+        run: open; it has its configuration.
+        body: what the verb does, its summary written.
+        model: for the summary of a run that failed.
+        config: of a run that trains: where memory is short, the settings that need less are named.
+
+    Returns:
+        The summary and the exit code.
+    """
     from composer_replication.runs.summary import Summary
 
     started_s = time.perf_counter()
     run.forget_ending()
     try:
-        with _memory_explained(config):
+        with contextlib.nullcontext() if config is None else _memory_explained(config):
             summary = body()
         return summary, EXIT_CODES[summary.status]
     except KeyboardInterrupt:
@@ -132,7 +146,7 @@ def _run_and_record(
         text = f"{_in_words(error, run)} {_keep_traceback(run)}".rstrip()
     sys.stderr.write(f"{'stopped' if status == 'stopped' else 'error'}: {text}\n")
     total_s = time.perf_counter() - started_s
-    summary = Summary(status=status, error=text, model=config.model, total_s=total_s)
+    summary = Summary(status=status, error=text, model=model, total_s=total_s)
     # A disk that is full for the run is full for its summary; the text above has said why.
     with contextlib.suppress(OSError):
         run.write_summary(summary)
@@ -159,7 +173,7 @@ def _memory_explained(config: "RunConfig") -> Iterator[None]:
 def _in_words(error: Exception, run: "RunDirectory") -> str:
     if isinstance(error, ComposerError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return (
             f"{run.path} cannot be written any more ({error.strerror}), so the run stopped. What "
             "was written is whole. Free space, then go on with --resume."

@@ -15,6 +15,7 @@ from composer_replication.cli.modal_calls import (
     settle_without_result,
 )
 from composer_replication.cli.recorded_run import RUNS_FOLDER
+from composer_replication.cli.resumed_limits import with_other_limits
 from composer_replication.cli.verb import JSON, Answer, Argument, Option, Verb
 from composer_replication.errors import InputError, nearest
 
@@ -150,6 +151,11 @@ def _resume(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
         )
     job = load_job(RUNS_FOLDER, record.job_id)
     if record.where == "local":
+        if options.set:
+            raise InputError(
+                f"--set {options.set[0]}: {record.job_id} runs on this machine, where no limit of "
+                "[modal] holds. Leave --set out."
+            )
         ending = run_local(job, Path(record.folder), output=2 if options.json else None)
         record.status = run_status(Path(record.folder)) or "failed"
         save_record(RUNS_FOLDER, record)
@@ -159,6 +165,7 @@ def _resume(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
             f"{record.job_id} is still running, and twice in one folder would mix. Bring it home "
             f"with: composer-replication runs fetch {record.job_id}"
         )
+    job = with_other_limits(job, record, options.set)
     assert job.timeout_s is not None
     assert record.worst_usd is not None
     if not ask(options, f"Spend at most {record.worst_usd:.2f} USD more on {record.job_id}?"):
@@ -186,7 +193,13 @@ RUNS = Verb(
     summary="launched jobs: list, logs, cancel, fetch, resume",
     purpose="Lists launched jobs, follows, ends, fetches or resumes one.",
     epilog=_EPILOG,
-    options=(Option("--yes", None, "resume: spend without asking", "switch"), JSON),
+    options=(
+        Option("--yes", None, "resume: spend without asking", "switch"),
+        Option(
+            "--set", "KEY=VALUE", "resume: another limit, such as modal.timeout_s=7200", "repeated"
+        ),
+        JSON,
+    ),
     carry_out=_runs,
     argument=Argument("action", "ACTION", is_required=True, kind="text"),
     second=Argument("job_id", "ID", is_required=False, kind="text"),

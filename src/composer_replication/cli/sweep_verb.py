@@ -2,13 +2,18 @@
 
 import argparse
 import contextlib
-import sys
 from typing import TYPE_CHECKING
 
 from composer_replication.cli.launching import ON, is_elsewhere
 from composer_replication.cli.modal_run import MODAL_OPTIONS
-from composer_replication.cli.modal_sweep import modal_members, sweep_bill
-from composer_replication.cli.recorded_run import carry_out_in_run
+from composer_replication.cli.modal_sweep import (
+    ask_for_sweep,
+    modal_members,
+    plan_sweep_on_modal,
+    sweep_function,
+)
+from composer_replication.cli.recorded_run import RUNS_FOLDER, carry_out_in_run
+from composer_replication.cli.sweep_plan import plan_here, show_sweep
 from composer_replication.cli.verb import (
     JSON,
     OUT,
@@ -20,14 +25,10 @@ from composer_replication.cli.verb import (
     Verb,
     whole_number,
 )
-from composer_replication.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from rich.console import Console
 
-    from composer_replication.experiments.sweep_grid import SweepMember
     from composer_replication.runs.run_directory import RunDirectory
     from composer_replication.runs.summary import Summary
 
@@ -40,6 +41,7 @@ examples:
   composer-replication sweep configs/train_qwen2.5_7b.toml --grid alpha_sdpo=0,0.1 --seeds 3
   composer-replication sweep runs/first/config.toml --grid alpha_sdpo=0,0.05,0.1,0.2 \\
       --grid beta_replay=0,0.05 --parallel 4 --out runs/weights
+  composer-replication sweep configs/train_qwen2.5_7b.toml --seeds 4 --on modal --dry-run
 
 exit codes: 0 every member passed, 1 one failed twice, 2 your input, 130 Ctrl-C"""
 
@@ -57,10 +59,21 @@ def _sweep(options: argparse.Namespace) -> Answer:
         points=options.point,
         num_seeds=whole_number("--seeds", options.seeds, default=1),
     )
-    is_remote = is_elsewhere(options) and options.on == "modal"
+    is_remote = is_elsewhere(options, may_dry_run=True) and options.on == "modal"
     asked = whole_number("--parallel", options.parallel, default=len(members) if is_remote else 1)
-    bill = sweep_bill(options, members) if is_remote else None
-    num_parallel = _slots(asked, members) if bill is None else bill.slots(asked)
+    plan = (
+        plan_sweep_on_modal(options, members, asked=asked)
+        if is_remote
+        else plan_here(members, asked=asked)
+    )
+    bill, num_parallel = plan.bill, plan.num_parallel
+    if options.dry_run:
+        folder, function = options.out or RUNS_FOLDER / base.name, None
+        if bill is not None:
+            function = sweep_function(options, bill, folder, num_parallel)[1].to_payload()
+        return show_sweep(plan, options, function), 0
+    if bill is not None:
+        ask_for_sweep(options, bill)
     answers: list[str] = []
 
     def run_it(run: "RunDirectory", console: "Console") -> "Summary":
@@ -80,7 +93,14 @@ def _sweep(options: argparse.Namespace) -> Answer:
         summary: Summary | None = None
         # Modal's client takes Ctrl-C for the wish to detach and would let it end in its own block.
         with carrier as start, contextlib.suppress(KeyboardInterrupt):
-            summary = run_sweep(members, run, console, start=start, num_parallel=num_parallel)
+            summary = run_sweep(
+                members,
+                run,
+                console,
+                start=start,
+                num_parallel=num_parallel,
+                planned_s=plan.planned_s,
+            )
         if summary is None:
             raise KeyboardInterrupt
         answers.append((run.path / REPORT_FILE).read_text(encoding="utf-8").rstrip())
@@ -88,36 +108,6 @@ def _sweep(options: argparse.Namespace) -> Answer:
 
     text, code = carry_out_in_run(base, options, run_it)
     return answers[0] if answers else text, code
-
-
-def _slots(asked: int, members: "Sequence[SweepMember]") -> int:
-    """As many at a time as were asked for and fit the memory here, by the plan of the largest."""
-    from datetime import UTC, datetime
-
-    from composer_replication.launch.pool import num_slots
-    from composer_replication.planner.local_machine import this_machine
-    from composer_replication.planner.plan import PlanRequest, make_plan
-    from composer_replication.planner.prices import current_prices
-
-    if asked == 1:
-        return 1
-    largest_gib, free_gib, today = 0.0, None, datetime.now(UTC).date()
-    for member in {m.config.model_dump_json(exclude={"name", "seed"}): m for m in members}.values():
-        request = PlanRequest(config=member.config, on="local", verb="train")
-        try:
-            plan = make_plan(request, this_machine(), prices=current_prices(), today=today)
-        except ModelError:
-            # A family that the formulas do not know: its memory is the user's to judge.
-            return num_slots(asked, num_members=len(members), member_gib=None, free_gib=None)
-        largest_gib = max(largest_gib, plan.candidates[0].memory.peak_gib)
-        free_gib = plan.candidates[0].place.capacity_gib
-    slots = num_slots(asked, num_members=len(members), member_gib=largest_gib, free_gib=free_gib)
-    if slots < min(asked, len(members)):
-        sys.stderr.write(
-            f"note  {slots} at a time instead of {asked}: a member is planned with "
-            f"{largest_gib:.1f} GiB, and there are {free_gib:.1f}.\n"
-        )
-    return slots
 
 
 SWEEP = Verb(
@@ -138,6 +128,7 @@ SWEEP = Verb(
         JSON,
         ON,
         *(option for option in MODAL_OPTIONS if option.flag not in ("--dry-run", "--detach")),
+        Option("--dry-run", None, "print the members as they would start; runs nothing", "switch"),
     ),
     carry_out=_sweep,
     argument=Argument("config", "CONFIG.toml", is_required=True),

@@ -23,6 +23,7 @@ from composer_replication.experiments.policy_sampling import (
     evaluating,
 )
 from composer_replication.experiments.proportions import Proportion, proportion
+from composer_replication.planner.evaluation_shape import BATCH_SIZE
 from composer_replication.step.hidden_states import causal_lm
 from composer_replication.training.rollout_episode import Episode, Limits
 from composer_replication.training.rollouts import EnvironmentRollouts, Prompt
@@ -119,7 +120,7 @@ def evaluate(
     temperature: float = 1.0,
     max_turns: int = MAX_TURNS,
     max_action_tokens: int = MAX_ACTION_TOKENS,
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     is_bf16: bool = False,
 ) -> EvaluationResult:

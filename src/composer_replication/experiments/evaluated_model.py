@@ -13,7 +13,7 @@ from composer_replication.runs.checkpoint_folders import newest_checkpoint
 from composer_replication.runs.followed_run import FollowedRun
 from composer_replication.training.model_source import LoadedModel, check_model_spec, load_model
 
-_ADAPTER_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_config.json"
 
 
 def model_place(given: str, on_note: Callable[[str], None]) -> str:
@@ -43,7 +43,7 @@ def model_place(given: str, on_note: Callable[[str], None]) -> str:
 
 def check_evaluated_model(place: str) -> None:
     """Raise what `load_evaluated_model` would raise, before weights are read."""
-    check_model_spec(_base_of_adapter(place) or place)
+    check_model_spec(base_of_adapter(place) or place)
 
 
 def load_evaluated_model(place: str, on_progress: Callable[[str], None]) -> LoadedModel:
@@ -56,7 +56,7 @@ def load_evaluated_model(place: str, on_progress: Callable[[str], None]) -> Load
         ModelError: as `load_model`; a base model that an adapter names and is not there.
         MissingDependencyError: an adapter, and PEFT is not installed.
     """
-    base = _base_of_adapter(place)
+    base = base_of_adapter(place)
     is_bf16 = device().type == "cuda" and torch.cuda.is_bf16_supported()
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     loaded = load_model(base or place, dtype=dtype, on_progress=on_progress)
@@ -68,9 +68,9 @@ def load_evaluated_model(place: str, on_progress: Callable[[str], None]) -> Load
     return loaded
 
 
-def _base_of_adapter(place: str) -> str | None:
+def base_of_adapter(place: str) -> str | None:
     """The base model that the adapter in a folder was trained on; None: there is no adapter."""
-    path = Path(place).expanduser() / _ADAPTER_FILE
+    path = Path(place).expanduser() / ADAPTER_FILE
     if not path.is_file() or (path.parent / "config.json").is_file():
         return None
     try:

@@ -1,6 +1,8 @@
 """What an evaluation plays: prompts of a shipped task's split, of a data folder, or of a run."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from composer_replication.traces.json_lines import Row
 from composer_replication.traces.pairs import PreferencePair
 
 HELDOUT_FOLDER = "heldout"
+REPORT_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,13 @@ class EvaluationData:
     max_turns: int = MAX_TURNS
     """Of an episode; a run's own limit where it brings the data."""
     max_action_tokens: int = MAX_ACTION_TOKENS
+
+    @property
+    def sha256(self) -> str:
+        """Of the prompts and pairs: the same episodes have the same, wherever they were read."""
+        pairs = [dataclasses.asdict(pair) for pair in self.pairs]
+        text = json.dumps([self.task, self.prompts, pairs], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def task_data(
@@ -105,17 +115,33 @@ def folder_data(folder: Path | None, split: str, config: RunConfig | None = None
 
 
 def run_data_of(place: str, split: str) -> EvaluationData:
-    """The held-out episodes of the run whose directory was given as the model.
+    """The held-out episodes of the run whose directory was given as the model or as the data.
 
     Raises:
         InputError: no run directory, so nothing says what to play.
     """
-    path = FollowedRun(Path(place).expanduser()).config_path
-    if not path.is_file():
+    if not is_run_folder(place):
         raise InputError(
             f"Nothing says what {place} is to do: --task names a shipped task, --data a folder of "
             "yours, and a run directory as the model brings its own. Write for example "
             f"composer-replication evaluate {place} --task api_drift."
         )
-    config = load_config(path, [])
+    config = load_config(FollowedRun(Path(place).expanduser()).config_path, [])
     return folder_data(None if config.data is None else Path(config.data), split, config)
+
+
+def is_run_folder(place: str) -> bool:
+    """Whether that is the directory of a run, which names its own data.
+
+    Raises:
+        InputError: it is that of an evaluation, which has neither a model nor data.
+    """
+    path = FollowedRun(Path(place).expanduser()).config_path
+    if not path.is_file():
+        return False
+    if (path.parent / REPORT_FILE).is_file():
+        raise InputError(
+            f"{place} is what an evaluation wrote, so there is no model in it and no data. Give "
+            f"the model that it measured; {path} names it."
+        )
+    return True

@@ -4,11 +4,10 @@ Which members are done is read from their own run directories, so that a sweep t
 any instant knows on its return what not to run again.
 """
 
-import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +26,9 @@ from composer_replication.experiments.sweep_table import (
 )
 from composer_replication.launch.job import Job
 from composer_replication.launch.local import run_local
-from composer_replication.launch.pool import Attempt, least_wall_s, run_all
+from composer_replication.launch.pool import Attempt, largest_first, least_wall_s, run_all
 from composer_replication.runs.atomic_files import write_text_atomically
-from composer_replication.runs.run_directory import SUMMARY_FILE, RunDirectory
+from composer_replication.runs.run_directory import RunDirectory, has_passed
 from composer_replication.runs.summary import Check, Summary
 
 REPORT_FILE = "sweep.json"
@@ -68,15 +67,17 @@ def run_sweep(
     *,
     start: StartMember,
     num_parallel: int,
+    planned_s: Mapping[str, float],
 ) -> Summary:
     """Run the members that are not done, `num_parallel` at a time; rank all of them.
 
     Args:
-        members: the longest first.
+        members: in the order of the table.
         run: the sweep's own directory; gets `members/`, `logs/`, `sweep.json`, `report.html`.
         console: shows a line for each attempt, then the table.
         start: how a member is carried out.
         num_parallel: how many at a time.
+        planned_s: seconds of each member by its name; the longest starts first.
 
     Raises:
         KeyboardInterrupt: after what was running has ended; `sweep.json` holds what is known.
@@ -85,7 +86,7 @@ def run_sweep(
     for member in members:
         folders.config(member.name).parent.mkdir(exist_ok=True)
         write_text_atomically(folders.config(member.name), dump_config(member.config))
-    waiting = [m for m in members if not is_done(folders.member(m.name))]
+    waiting = [m for m in members if not has_passed(folders.member(m.name))]
     _say(
         console,
         f"sweep {len(members)} members, {len(members) - len(waiting)} done before, "
@@ -107,7 +108,7 @@ def run_sweep(
     is_complete = False
     try:
         run_all(
-            waiting,
+            largest_first(waiting, lambda member: planned_s.get(member.name, 0.0)),
             lambda member, _: start(member, folders.member(member.name), stops),
             num_parallel=num_parallel,
             has_passed=lambda exit_code: exit_code == 0,
@@ -146,14 +147,6 @@ def local_member(sweep_folder: Path, num_parallel: int) -> StartMember:
             ).exit_code
 
     return start
-
-
-def is_done(folder: Path) -> bool:
-    """Whether a member passed; whatever else it left behind is gone on with."""
-    try:
-        return json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["status"] == "passed"
-    except (FileNotFoundError, ValueError, KeyError):
-        return False
 
 
 def refuse_other_members(run: RunDirectory, members: Sequence[SweepMember]) -> None:

@@ -1,7 +1,7 @@
 """What a run reads from this machine, packed so that it finds the same on another."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,14 +44,25 @@ def bundle(config_path: Path | None, overrides: Sequence[str], config: RunConfig
     if config_path is not None:
         files[CONFIG_FILE] = config_path.read_bytes()
     if config.data is not None:
-        files |= _folder(Path(config.data).expanduser(), DATA_FOLDER, "data")
+        files |= packed_folder(Path(config.data).expanduser(), DATA_FOLDER, "data")
         moved.append(f'data="{DATA_FOLDER}"')
     if config.model is not None and Path(config.model).expanduser().is_dir():
-        files |= _folder(Path(config.model).expanduser(), MODEL_FOLDER, "model")
+        files |= packed_folder(Path(config.model).expanduser(), MODEL_FOLDER, "model")
         moved.append(f'model="{MODEL_FOLDER}"')
     for name in (config.rollout.environment, config.rollout.reward):
-        if name is not None and ":" in name:
-            files |= _module(name.partition(":")[0].partition(".")[0])
+        files |= packed_module(name)
+    refuse_too_much(files)
+    sets = [part for override in moved for part in ("--set", override)]
+    named = [CONFIG_FILE] if config_path is not None else []
+    return Bundle((*named, *sets), files)
+
+
+def refuse_too_much(files: Mapping[str, bytes]) -> None:
+    """Files that together are too large to travel.
+
+    Raises:
+        ConfigError: they are.
+    """
     num_bytes = sum(len(content) for content in files.values())
     if num_bytes > MAX_FILE_BYTES:
         largest = max(files, key=lambda name: len(files[name]))
@@ -60,18 +71,28 @@ def bundle(config_path: Path | None, overrides: Sequence[str], config: RunConfig
             f"{largest}), and {MAX_FILE_BYTES // _BYTES_PER_MIB} MiB travel with a remote run. Put "
             "the model on the Hugging Face hub and name it by its id, or use a smaller data folder."
         )
-    sets = [part for override in moved for part in ("--set", override)]
-    named = [CONFIG_FILE] if config_path is not None else []
-    return Bundle((*named, *sets), files)
 
 
-def _folder(folder: Path, target: str, key: str) -> dict[str, bytes]:
+def packed_folder(
+    folder: Path, target: str, key: str, *, keeps: Callable[[Path], bool] = lambda _: True
+) -> dict[str, bytes]:
+    """The files of a folder, by the path below the working directory that they get.
+
+    Args:
+        folder: on this machine.
+        target: its path there.
+        key: what named it, for the error.
+        keeps: whether a file of it travels.
+
+    Raises:
+        ConfigError: no such folder, or one that is too large to travel.
+    """
     if not folder.is_dir():
         raise ConfigError(
             f"{key} is {str(folder)!r}, which is no folder on this machine, so it cannot be sent. "
             "Check the path."
         )
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and keeps(path))
     size = sum(path.stat().st_size for path in paths)
     if size > MAX_FILE_BYTES:
         raise ConfigError(
@@ -80,6 +101,13 @@ def _folder(folder: Path, target: str, key: str) -> dict[str, bytes]:
             "Hugging Face hub, or use a smaller one."
         )
     return {f"{target}/{path.relative_to(folder)}": path.read_bytes() for path in paths}
+
+
+def packed_module(named: str | None) -> dict[str, bytes]:
+    """The module of the user's own that `module:Name` names; nothing where none is named so."""
+    if named is None or ":" not in named:
+        return {}
+    return _module(named.partition(":")[0].partition(".")[0])
 
 
 def _module(name: str) -> dict[str, bytes]:

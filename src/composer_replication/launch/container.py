@@ -1,10 +1,11 @@
 """The body of a remote job: one attempt inside a container that may vanish at any instant.
 
-What must survive is in the runs' volume, committed whenever a checkpoint is complete and every half
-minute between. The next attempt finds it there and goes on. No dollar is spent after the deadline,
-however often the platform starts the job again.
+What must survive is in the runs' volume, committed whenever a checkpoint or a part of an evaluation
+is complete and every half minute between. The next attempt finds it there and goes on. No dollar is
+spent after the deadline, however often the platform starts the job again.
 """
 
+import contextlib
 import json
 import os
 import tempfile
@@ -15,11 +16,15 @@ from pathlib import Path
 from typing import cast
 
 from composer_replication.errors import LaunchError
-from composer_replication.launch.job import Job, command_line, write_files
+from composer_replication.launch.job import VOLUME_FOLDER, Job, command_line, write_files
 from composer_replication.launch.processes import run_process
-from composer_replication.runs.atomic_files import write_text_atomically
+from composer_replication.runs.atomic_files import (
+    NO_ROOM,
+    write_bytes_atomically,
+    write_text_atomically,
+)
 from composer_replication.runs.checkpoint_folders import checkpoint_folders
-from composer_replication.runs.run_directory import SUMMARY_FILE
+from composer_replication.runs.run_directory import FIGURES_PREFIX, SUMMARY_FILE, has_passed
 
 RESULT_SCHEMA = 1
 ATTEMPTS_FOLDER = ".attempts"
@@ -28,6 +33,9 @@ ATTEMPTS_FOLDER = ".attempts"
 COMMIT_EVERY_S = 30.0
 GRACE_S = 15.0
 """Between asking a run to end and killing it; a preempted container has 30 s in all."""
+
+_PROBE_BYTES = 1024**2
+"""A summary and a row of metrics are smaller."""
 
 _CGROUP_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
@@ -42,16 +50,17 @@ class _Attempts:
     @classmethod
     def begin(cls, path: Path, now_s: float) -> "_Attempts":
         """Note a new attempt beside those before it; it has lasted 0 seconds."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         spans = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         attempts = cls(path, [*spans, [now_s, now_s]])
         attempts.touch(now_s)
         return attempts
 
     def touch(self, now_s: float) -> None:
-        """This attempt is still alive."""
+        """This attempt is still alive; a volume without room keeps the older time."""
         self.spans_s[-1][1] = now_s
-        write_text_atomically(self.path, json.dumps(self.spans_s))
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(self.path, json.dumps(self.spans_s))
 
 
 def run_attempt(
@@ -65,8 +74,8 @@ def run_attempt(
         commit: makes what was written there survive this container.
 
     Returns:
-        `ending` (`exit`, `deadline`, `timeout`, `out_of_memory`), `exit_code`, `summary` and
-        `attempts`, the Unix times between which each attempt was alive.
+        `ending` (`exit`, `deadline`, `timeout`, `out_of_memory`, `volume_full`), `exit_code`,
+        `summary` and `attempts`, the Unix times between which each attempt was alive.
 
     Raises:
         LaunchError: the run died of a signal; the platform tries again, and the run resumes.
@@ -76,7 +85,7 @@ def run_attempt(
     job = Job.from_payload(payload)
     folder = runs / job.job_id
     attempts = _Attempts.begin(runs / ATTEMPTS_FOLDER / f"{job.job_id}.json", started_s)
-    if _has_passed(folder):
+    if has_passed(folder):
         # The platform may give a job that was done to another container.
         return _result("exit", 0, folder, attempts)
     end_s = min(job.deadline_s or float("inf"), started_s + (job.timeout_s or float("inf")))
@@ -86,6 +95,7 @@ def run_attempt(
     oom_kills = _oom_kills()
     with tempfile.TemporaryDirectory() as workspace:
         write_files(job, Path(workspace))
+        (Path(workspace) / VOLUME_FOLDER).symlink_to(runs, target_is_directory=True)
         ending = run_process(
             command_line(job, folder),
             environment={"PYTHONPATH": _source_path(workspace)},
@@ -104,6 +114,9 @@ def run_attempt(
         return _result("deadline" if is_deadline else "timeout", 1, folder, attempts)
     if ending.exit_code < 0 and _oom_kills() > oom_kills:
         return _result("out_of_memory", 1, folder, attempts)
+    if ending.exit_code != 0 and not _has_room(runs):
+        # Another attempt would find it as full.
+        return _result("volume_full", 1, folder, attempts)
     if ending.exit_code < 0:
         raise LaunchError(
             f"The run died of signal {-ending.exit_code}; another attempt goes on from its newest "
@@ -116,24 +129,26 @@ class _Watch:
     """Commits what a run has written, as it goes."""
 
     def __init__(self, folder: Path, attempts: _Attempts, commit: Callable[[], None]) -> None:
-        self._checkpoints = folder / "checkpoints"
+        self._folder = folder
         self._attempts = attempts
         self._commit = commit
-        self._newest = self._newest_checkpoint()
+        self._seen = self._progress()
         self._committed_s = time.time()
         commit()
 
     def tick(self) -> None:
-        """Commit where a checkpoint is new, or the last commit is long ago."""
-        newest, now_s = self._newest_checkpoint(), time.time()
-        if newest == self._newest and now_s - self._committed_s < COMMIT_EVERY_S:
+        """Commit where a checkpoint or a part is new, or the last commit is long ago."""
+        seen, now_s = self._progress(), time.time()
+        if seen == self._seen and now_s - self._committed_s < COMMIT_EVERY_S:
             return
-        self._newest, self._committed_s = newest, now_s
+        self._seen, self._committed_s = seen, now_s
         self._attempts.touch(now_s)
         self._commit()
 
-    def _newest_checkpoint(self) -> Path | None:
-        return next(iter(checkpoint_folders(self._checkpoints)), None)
+    def _progress(self) -> list[Path]:
+        """The newest checkpoint, and the parts that an evaluation has finished."""
+        parts = sorted(self._folder.glob(f"{FIGURES_PREFIX}*.json"))
+        return [*checkpoint_folders(self._folder / "checkpoints")[:1], *parts]
 
 
 def held_s(result: Mapping[str, object]) -> float:
@@ -156,18 +171,22 @@ def _result(ending: str, exit_code: int, folder: Path, attempts: _Attempts) -> d
     }
 
 
-def _has_passed(folder: Path) -> bool:
-    try:
-        return json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["status"] == "passed"
-    except (FileNotFoundError, ValueError, KeyError):
-        return False
-
-
 def _source_path(workspace: str) -> str:
     """The job's own modules, then this package wherever it was mounted, then what was there."""
     source = Path(__file__).parents[2]
     given = os.environ.get("PYTHONPATH")
     return os.pathsep.join([workspace, str(source), *([given] if given else [])])
+
+
+def _has_room(runs: Path) -> bool:
+    """Whether the volume takes another file."""
+    probe = runs / ".room"
+    try:
+        write_bytes_atomically(probe, bytes(_PROBE_BYTES))
+        probe.unlink()
+    except OSError as error:
+        return error.errno not in NO_ROOM
+    return True
 
 
 def _oom_kills() -> int:

@@ -15,6 +15,9 @@ JOB_SCHEMA = 1
 MAX_FILE_BYTES = 64 * 1024**2
 """Files travel with the call; what is larger belongs on the hub."""
 
+VOLUME_FOLDER = "remote-runs"
+"""In a remote job's working directory: the run directories that earlier jobs left in the volume."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:

@@ -32,8 +32,9 @@ def explain_modal_error(error: Exception) -> ComposerError | None:
         return unreachable(said[:200])
     if "FunctionTimeoutError" in names:
         return LaunchError(
-            "The remote run was ended at its time-out. What it had committed is kept: go on with "
-            "`composer-replication runs resume ID`, and raise modal.timeout_s if it is too short."
+            "The remote run was ended at its time-out. What it had committed is kept: it goes on "
+            "with `composer-replication runs resume ID`, and for longer with "
+            "`--set modal.timeout_s=SECONDS` after that."
         )
     if names & {"InputCancellation", "FunctionCallCancelled"} or "cancel" in said.lower():
         return LaunchError("The remote run was cancelled. What it had committed is kept.")
@@ -69,6 +70,6 @@ def unreachable(where: str) -> ComposerError:
 def out_of_memory() -> ComposerError:
     """The container's RAM was not enough."""
     return LaunchError(
-        "The remote run was killed because it needed more RAM than the container has. Raise "
-        "modal.memory_gib, then go on with `composer-replication runs resume ID`."
+        "The remote run was killed because it needed more RAM than the container has. It goes on "
+        "with more by `composer-replication runs resume ID --set modal.memory_gib=GIB`."
     )

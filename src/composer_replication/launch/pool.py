@@ -1,5 +1,6 @@
 """Several members at a time: started in order, retried once, none stopped by another's failure."""
 
+import heapq
 import queue
 import threading
 import time
@@ -45,7 +46,7 @@ def run_all(
     run alone while the other slots idle.
 
     Args:
-        members: the longest first, so that none is left over for the end.
+        members: `largest_first`, so that none is left over for the end.
         start: carries out a member's attempt (1, 2) and returns how it ended; runs in a thread.
         num_parallel: slots.
         has_passed: whether an outcome needs no retry.
@@ -132,6 +133,22 @@ def num_slots(
     if member_gib is not None and free_gib is not None and member_gib > 0:
         slots = min(slots, int(free_gib // member_gib))
     return max(slots, 1)
+
+
+def largest_first(members: Sequence[Member], planned_s: Callable[[Member], float]) -> list[Member]:
+    """The order in which members start: the longest first, equal ones as they were given."""
+    return sorted(members, key=planned_s, reverse=True)
+
+
+def planned_wall_s(durations_s: Sequence[float], num_parallel: int) -> float:
+    """Seconds until the last of members that start in this order has ended, each free slot taken.
+
+    Example: `planned_wall_s([4.0, 3.0, 3.0], 2)` -> 6.0.
+    """
+    slots = [0.0] * num_parallel
+    for duration_s in durations_s:
+        heapq.heapreplace(slots, slots[0] + duration_s)
+    return max(slots)
 
 
 def least_wall_s(durations_s: Mapping[str, float], num_parallel: int) -> float:

@@ -73,11 +73,16 @@ def data_shape(folder: str | None) -> DataShape:
     states = [_text(row.get("state")) for row in [*sites, *pairs]]
     return DataShape(
         num_prompts=len(prompts),
-        prompts=_lengths(prompts, "prompt", ()),
+        prompts=prompt_lengths(prompts),
         hint_sites=_lengths(sites, "state", ("action",), hint="hint"),
         pairs=_lengths(pairs, "state", ("chosen", "rejected")),
         tree_share=_tree_share(states or [_text(row.get("prompt")) for row in prompts]),
     )
+
+
+def prompt_lengths(rows: Sequence[Mapping[str, object]]) -> RecordLengths:
+    """The lengths of rows that hold a `prompt`."""
+    return _lengths(rows, "prompt", ())
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, object]]:

@@ -12,6 +12,7 @@ from composer_replication.planner.candidate import Candidate, Place, make_candid
 from composer_replication.planner.cost import SMOKE_BUDGET_USD, check_budget
 from composer_replication.planner.data_shape import DataShape, data_shape
 from composer_replication.planner.decision import EXIT_OVER_CAP, Decision, decide, next_cheaper
+from composer_replication.planner.evaluation_shape import EvaluationSize, evaluation_shape
 from composer_replication.planner.hardware import GpuRequest
 from composer_replication.planner.local_machine import LocalMachine
 from composer_replication.planner.memory import predict
@@ -44,6 +45,8 @@ class PlanRequest:
     """Without a configuration file a smoke takes sizes that suit the device."""
     verb: RunVerb | None = None
     """That runs it; None: as `run_shape` reads it off the configuration."""
+    evaluation: EvaluationSize | None = None
+    """What an evaluation of the configuration's `model` plays, in place of a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,8 @@ class Planner:
             self.candidate(place, config, self._predictor)
             for place in places(self.machine, self.request.on, self.request.gpu)
         ]
-        if self.request.gpu is not None or any(candidate.fits for candidate in found):
+        is_one_card = self.request.gpu is not None or self.request.evaluation is not None
+        if is_one_card or any(candidate.fits for candidate in found):
             return found
         for place in [candidate.place for candidate in found]:
             several = (self.candidate(more, config, self._predictor) for more in more_cards(place))
@@ -137,6 +141,10 @@ class Planner:
         spec = self.model_spec(place, config)
         if spec not in self._settings:
             self._settings[spec] = model_settings(spec)
+        if self.request.evaluation is not None:
+            return evaluation_shape(
+                self.request.evaluation, self._settings[spec], device_type=device_type
+            )
         if self._data is None:
             self._data = data_shape(config.data)
         # CUDA says that every card computes bf16, the T4, which emulates it, included.
@@ -156,6 +164,8 @@ class Planner:
 
     def fitting_change(self, candidate: Candidate) -> str | None:
         """The smallest change after which a candidate fits, in words; None: none of the known."""
+        if self.request.evaluation is not None:
+            return None
 
         def fits(config: RunConfig) -> bool:
             return self.candidate(candidate.place, config, predict).fits

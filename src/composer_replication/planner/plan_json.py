@@ -34,7 +34,7 @@ class CandidateAnswer(_Answer):
     """They add up to `peak_gib`: weights, teacher, optimizer, gradients that accumulate, the phase
     of the step with the most, and the device's share."""
     step_s: tuple[float, float, float]
-    """Seconds of an optimizer step: low, expected, high."""
+    """Seconds of an optimizer step, or of one model of an evaluation: low, expected, high."""
     step_terms_s: dict[str, float]
     """Expected seconds of rollout, teacher, train and other."""
     wall_s: float

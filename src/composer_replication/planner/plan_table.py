@@ -33,11 +33,12 @@ def print_plan(
         line("run", "nowhere")
     else:
         low, expected, high = chosen.step_s
+        count = num_steps(chosen.shape, chosen.step_s)
         line(
             "run",
             f"{chosen.place.label}, {chosen.place.where}: "
             f"{chosen.memory.peak_gib:.1f} of {chosen.place.capacity_gib:.1f} GiB; "
-            f"{num_steps(chosen.shape, chosen.step_s)} steps of {duration(expected)} "
+            f"{count} {_unit(chosen)}{'' if count == 1 else 's'} of {duration(expected)} "
             f"({duration(low)} to {duration(high)}); "
             f"{duration(chosen.wall_s)}; {_dollars(chosen)}",
         )
@@ -50,7 +51,7 @@ def print_plan(
     for warning in plan.warnings:
         line("note", warning)
     line("prices", f"of {plan.prices_as_of}, USD; worst is every attempt at its time-out")
-    if chosen is not None:
+    if chosen is not None and chosen.shape.verb != "evaluate":
         line("next", _next_command(chosen, config_path))
 
 
@@ -63,7 +64,7 @@ def _table(plan: Plan) -> Table:
         ("fits", "left"),
         ("GiB", "right"),
         ("of", "right"),
-        ("step", "right"),
+        (_unit(plan.candidates[0]), "right"),
         ("wall", "right"),
         ("usd", "right"),
         ("worst", "right"),
@@ -95,6 +96,11 @@ def _cells(candidate: Candidate, *, is_chosen: bool, plan: Plan) -> list[str]:
         f"${candidate.expected_usd:.2f}" if is_remote else "$0",
         f"${candidate.worst_usd:.2f}" if is_remote else "$0",
     ]
+
+
+def _unit(candidate: Candidate) -> str:
+    """What the seconds are of."""
+    return "model" if candidate.shape.verb == "evaluate" else "step"
 
 
 def _dollars(candidate: Candidate) -> str:

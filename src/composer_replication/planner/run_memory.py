@@ -65,6 +65,8 @@ def run_memory(shape: RunShape, num_gpus: int, predictor: Predictor = predict) -
         num_gpus: cards that the weights are sharded over (FSDP); 1: no sharding.
         predictor: of a step on one card; formulas, or a simulation. Sharding is by formula.
     """
+    if shape.verb == "evaluate":
+        return _sampling_memory(shape)
     best: RunMemory | None = None
     for case in _cases(shape):
         estimate = predictor(case) if num_gpus == 1 else predict(case, num_gpus)
@@ -73,6 +75,16 @@ def run_memory(shape: RunShape, num_gpus: int, predictor: Predictor = predict) -
             best = found
     assert best is not None, "every run has at least one kind of step"
     return best
+
+
+def _sampling_memory(shape: RunShape) -> RunMemory:
+    """Weights and what sampling takes beside them: nothing is trained."""
+    model = model_shape(shape.case.model)
+    terms = {
+        "weights": weights_gib(shape.case),
+        "rollout_phase": gib(_rollout_bytes(shape.rollouts, shape.case, model)),
+    }
+    return RunMemory(terms | _device_gib(shape.case, sum(terms.values())), "rollout")
 
 
 def _cases(shape: RunShape) -> list[StepCase]:
@@ -103,12 +115,14 @@ def _of_case(shape: RunShape, case: StepCase, estimate: MemoryEstimate) -> RunMe
     phases["rollout"] = gib(_rollout_bytes(shape.rollouts, case, model))
     phase = max(phases, key=phases.__getitem__)
     terms = {**persistent, f"{phase}_phase": phases[phase]}
-    tensors = sum(terms.values())
+    return RunMemory(terms | _device_gib(case, sum(terms.values())), phase)
+
+
+def _device_gib(case: StepCase, tensors_gib: float) -> dict[str, float]:
+    """The device's own share."""
     if case.device_type == "cuda":
-        terms |= {"context": CUDA_CONTEXT_GIB, "fragmentation": FRAGMENTATION * tensors}
-    else:
-        terms |= {"libraries": LIBRARIES_GIB}
-    return RunMemory(terms, phase)
+        return {"context": CUDA_CONTEXT_GIB, "fragmentation": FRAGMENTATION * tensors_gib}
+    return {"libraries": LIBRARIES_GIB}
 
 
 def _trl_head_bytes(case: StepCase, model: ModelShape, phase: str) -> int:

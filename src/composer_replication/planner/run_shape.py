@@ -21,7 +21,7 @@ TRL_DEFAULTS = {
 SMOKE_STEPS = 50
 """Most that a smoke takes where `smoke.steps` says nothing."""
 
-RunVerb = Literal["smoke", "train"]
+RunVerb = Literal["smoke", "train", "evaluate"]
 
 _TRL_EPOCHS = 3.0
 

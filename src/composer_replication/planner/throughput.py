@@ -99,12 +99,19 @@ def cpu_speed(num_threads: int, flags: frozenset[str]) -> Speed:
 def step_terms(shape: RunShape, speed: Speed, num_gpus: int = 1) -> dict[str, Range]:
     """Seconds of one optimizer step: rollout, teacher, train and other.
 
+    An evaluation's step is all that one model plays: rollout and other.
+
     Args:
         shape: of the run; typical rows set the expected time and the largest ones the high.
         speed: of the device.
         num_gpus: each computes its own rollouts and rows; sharded weights are gathered.
     """
     model = model_shape(shape.case.model)
+    # A generation serves as many steps as it was sampled for.
+    per_step = shape.num_micro_batches * shape.case.num_rollouts / max(shape.rollouts.num_rows, 1)
+    rollout = _sampling_s(shape.rollouts, shape, model, speed).times(per_step)
+    if shape.verb == "evaluate":
+        return {"rollout": rollout, "other": _STEP_OVERHEAD}
     micro = _micro_batch(shape, model, speed)
     case = shape.case
     update_bytes = 7 * trained_bytes(case) + 3 * persistent_bytes(case)["teacher"]
@@ -116,10 +123,8 @@ def step_terms(shape: RunShape, speed: Speed, num_gpus: int = 1) -> dict[str, Ra
         moved_s = 3 * weights * (num_gpus - 1) / num_gpus / speed.link_bytes_per_s
         moved = Range(0.3 * moved_s, moved_s, 2 * moved_s)
         train = train.plus(moved.times(shape.num_micro_batches * len(forwards_of(case))))
-    # A generation serves as many steps as it was sampled for.
-    per_step = shape.num_micro_batches * case.num_rollouts / max(shape.rollouts.num_rows, 1)
     return {
-        "rollout": _sampling_s(shape.rollouts, shape, model, speed).times(per_step),
+        "rollout": rollout,
         "teacher": micro["teacher"].times(shape.num_micro_batches),
         "train": train,
         "other": _STEP_OVERHEAD,

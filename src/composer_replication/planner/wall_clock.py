@@ -78,12 +78,18 @@ def wall_clock(
         steps = steps.plus(step_s.times(_SMOKE_CHECK_STEPS))
     half_bytes = BF16 * model_shape(shape.case.model).num_parameters
     download = _over(half_bytes, _DOWNLOAD_BYTES_PER_S)
+    load = _over(num_bytes, _READ_BYTES_PER_S)
+    save = load.plus(Range(0.2, 1.0, 5.0))
+    if shape.verb == "evaluate":
+        # Its steps are the models, one loaded after the other; of it only text is written.
+        download, load = download.times(shape.num_steps), load.times(shape.num_steps)
+        save = Range(0.0, 0.1, 1.0)
     phases = {
         "cold_start": _START[where],
         "download": download if where == "modal" else Range(0.0, 0.0, 0.0),
-        "load": _over(num_bytes, _READ_BYTES_PER_S).plus(_IMPORTS[where]),
+        "load": load.plus(_IMPORTS[where]),
         "step": steps,
-        "save": _over(num_bytes, _READ_BYTES_PER_S).plus(Range(0.2, 1.0, 5.0)),
+        "save": save,
     }
     if evaluations_s.high > 0:
         phases["evaluate"] = evaluations_s

@@ -1,7 +1,11 @@
 """Writes that a reader sees whole or not at all, whenever the writer is killed."""
 
+import errno
 import os
 from pathlib import Path
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a write fails with where a disk, a quota or a volume is full."""
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -24,6 +24,9 @@ SCHEMA_FILE = "schema.json"
 
 SUMMARY_FILE = "summary.json"
 
+FIGURES_PREFIX = "figures_"
+"""Begins the names of what an evaluation has finished of its parts."""
+
 _NO_RESULTS = {SCHEMA_FILE, LOCK_FILE, OWNER_FILE, "config.toml", "error.txt", "planned.json"}
 
 
@@ -205,6 +208,14 @@ def _has_results(path: Path) -> bool:
         elif entry.name not in _NO_RESULTS and not is_temporary(entry.name):
             return True
     return False
+
+
+def has_passed(folder: Path) -> bool:
+    """Whether the run there has ended and passed; a summary that is torn or absent says no."""
+    try:
+        return _status(folder / SUMMARY_FILE) == "passed"
+    except FileNotFoundError:
+        return False
 
 
 def _status(summary_path: Path) -> object:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from fake_modal import fake_modal
 
 STAND_IN = Path(__file__).parent / "stand_in"
 
@@ -17,3 +18,10 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(STAND_IN), *([path] if path else [])]))
     (tmp_path / "base.toml").write_text('name = "base"\n[grpo]\nmax_steps = 4\nsave_steps = 2\n')
     return tmp_path
+
+
+@pytest.fixture
+def platform(workplace):
+    """A double of Modal at work, whose containers train as `workplace` does."""
+    with fake_modal(workplace / "modal", {"PYTHONPATH": str(STAND_IN)}) as platform:
+        yield platform

@@ -9,7 +9,9 @@ from pathlib import Path
 def main(home):
     module, name, (args, kwargs) = pickle.loads((home / "input").read_bytes())
     try:
-        answer = (True, getattr(importlib.import_module(module), name)(*args, **kwargs))
+        body = getattr(importlib.import_module(module), name)
+        (home / "started").touch()
+        answer = (True, body(*args, **kwargs))
     except Exception as error:
         answer = (False, f"{type(error).__name__}: {error}")
         print(answer[1], flush=True)

@@ -20,7 +20,7 @@ CASES = [
     (
         modal.exception.RemoteError("container killed: out of memory"),
         LaunchError,
-        "Raise modal.memory_gib",
+        "--set modal.memory_gib=GIB",
     ),
     (modal.exception.RemoteError("boom"), LaunchError, "Modal ended the run: RemoteError: boom"),
 ]

@@ -1,58 +1,20 @@
 """`--on modal` against a double of Modal's API that runs the remote body for real."""
 
 import json
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from fake_modal import fake_modal, random_instants
+from fake_modal import random_instants
 from grpclib import Status
+from remote_cli import cli, content_of, ledger_of
 
 from composer_replication.launch.ledger import Ledger
 from composer_replication.launch.records import load_records
 
-STAND_IN = Path(__file__).parent / "stand_in"
 TRAIN = ["train", "base.toml", "--on", "modal"]
 BEFORE_ANY_CALL = {"ClientHello", "EnvironmentGetOrCreate"}
-
-
-@pytest.fixture
-def platform(workplace):
-    with fake_modal(workplace / "modal", {"PYTHONPATH": str(STAND_IN)}) as platform:
-        yield platform
-
-
-def cli(*arguments, platform=None, **environment):
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("MODAL_")}
-    environment = {**inherited, "MODAL_CONFIG_PATH": "/nonexistent.toml", **environment}
-    if platform is not None:
-        environment |= platform.client_environment()
-    return subprocess.run(
-        [sys.executable, "-m", "composer_replication", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-
-
-def content_of(folder):
-    """Every file but locks; of the summary what is neither cost nor a note on it."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.startswith(".lock"):
-            found[str(path.relative_to(folder))] = path.read_bytes()
-    summary = json.loads(found.pop("summary.json"))
-    found["summary"] = {k: v for k, v in summary.items() if k not in ("cost_usd", "notes")}
-    return found
-
-
-def ledger_of(workplace):
-    (record,) = load_records(workplace / "runs")
-    return record, Ledger(workplace / record.ledger)
 
 
 def test_a_remote_run_leaves_the_run_directory_of_a_local_one(platform, workplace):

@@ -3,7 +3,13 @@ import time
 
 import pytest
 
-from composer_replication.launch.pool import least_wall_s, num_slots, run_all
+from composer_replication.launch.pool import (
+    largest_first,
+    least_wall_s,
+    num_slots,
+    planned_wall_s,
+    run_all,
+)
 
 
 def run(members, start, num_parallel, **extra):
@@ -99,3 +105,15 @@ def test_the_least_wall_is_the_longest_member_or_an_even_share():
     assert least_wall_s({"a": 4.0, "b": 1.0}, 4) == 4.0
     assert least_wall_s({"a": 4.0, "b": 4.0, "c": 4.0}, 2) == 6.0
     assert least_wall_s({}, 2) == 0.0
+
+
+def test_the_longest_start_first_and_equal_ones_as_they_were_written():
+    planned_s = {"a": 1.0, "b": 3.0, "c": 3.0, "d": 2.0}
+    assert largest_first(list(planned_s), planned_s.__getitem__) == ["b", "c", "d", "a"]
+
+
+def test_the_longest_first_is_near_the_least_where_the_written_order_is_not():
+    written_s = [1.0, 1.0, 1.0, 1.0, 4.0]
+    assert planned_wall_s(written_s, 2) == 6.0
+    assert planned_wall_s(sorted(written_s, reverse=True), 2) == 4.0
+    assert planned_wall_s([2.0], 4) == 2.0

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from composer_replication.cli import main
 from composer_replication.experiments.sweep_table import SweepReport
 
 COMMAND = ["sweep", "base.toml", "--grid", "alpha_sdpo=0,0.2", "--out", "s"]
+KILLED = [*COMMAND, "--seeds", "2"]
 
 
 def report_of(folder):
@@ -69,10 +72,10 @@ def test_a_failed_member_is_retried_once_and_named_and_the_others_finish(
 
 def test_a_sweep_that_was_killed_repeats_no_finished_member(workplace):
     environment = {**os.environ, "STAND_IN_STEP_S": "0.3"}
-    command = [sys.executable, "-m", "composer_replication", *COMMAND, "--seeds", "2"]
+    command = [sys.executable, "-m", "composer_replication", *KILLED]
     sweep = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    second = workplace / "s" / "logs" / "alpha_sdpo-0-seed-1.log"
-    checkpoint = workplace / "s/members/alpha_sdpo-0-seed-1/checkpoints/checkpoint-2"
+    second = workplace / "s/logs/alpha_sdpo-0.2-seed-1.log"
+    checkpoint = workplace / "s/members/alpha_sdpo-0.2-seed-1/checkpoints/checkpoint-2"
     end = time.monotonic() + 60
     while not checkpoint.exists():
         assert time.monotonic() < end
@@ -80,9 +83,10 @@ def test_a_sweep_that_was_killed_repeats_no_finished_member(workplace):
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()
     before = starts(workplace / "s")
-    assert main([*COMMAND, "--seeds", "2", "--resume"]) == 0
+    assert main([*KILLED, "--resume"]) == 0
     after = starts(workplace / "s")
-    assert before == {"alpha_sdpo-0-seed-0": 1, "alpha_sdpo-0-seed-1": 1}
+    # The point with both channels takes longest and starts first.
+    assert before == {"alpha_sdpo-0.2-seed-0": 1, "alpha_sdpo-0.2-seed-1": 1}
     assert set(after.values()) == {1}
     assert "resumed from step 2" in second.read_text()  # and went on from its checkpoint
 
@@ -94,3 +98,69 @@ def test_a_resumed_sweep_is_the_sweep_that_was_started(workplace, capsys):
     assert (
         "holds 'alpha_sdpo-0-seed-0', which is no member of this sweep" in capsys.readouterr().err
     )
+
+
+def test_the_longest_members_start_first_and_the_table_keeps_its_order(workplace, capsys):
+    steps = ["sweep", "base.toml", "--grid", "grpo.max_steps=2,6,4", "--out", "s"]
+    assert main([*steps, "--json"]) == 0
+    members = json.loads(capsys.readouterr().out)["members"]
+    assert [member["point"]["grpo.max_steps"] for member in members] == ["2", "6", "4"]
+    logs = sorted((workplace / "s/logs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert [path.stem.split("-")[1] for path in logs] == ["6", "4", "2"]
+
+
+def test_a_dry_run_shows_the_members_in_their_order_and_runs_nothing(workplace, capsys):
+    steps = ["sweep", "base.toml", "--grid", "grpo.max_steps=2,60,40", "--parallel", "2"]
+    assert main([*steps, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("sweep   3 members, 2 at a time here, about ")
+    assert [line.split()[1].split("-")[1] for line in shown.splitlines()[1:4]] == ["60", "40", "2"]
+    assert shown.endswith("cost    0 USD\n")
+    assert main([*steps, "--dry-run", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [row["point"]["grpo.max_steps"] for row in answer["members"]] == ["60", "40", "2"]
+    longest, middle, short = (row["wall_s"] for row in answer["members"])
+    assert longest > middle > short > 0
+    assert answer["wall_s"] == pytest.approx(max(longest, middle + short), abs=0.05)
+    assert (answer["function"], answer["plan"], answer["worst_usd"]) == (None, None, 0)
+    assert not (workplace / "runs").exists()
+
+
+def test_a_dry_run_on_modal_prices_the_whole_sweep_without_credentials(
+    workplace, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "modal", None)
+    sweep = ["sweep", "base.toml", "--grid", "grpo.max_steps=2,60", "--seeds", "2"]
+    remote = [*sweep, "--on", "modal", "--gpu", "L4", "--dry-run"]
+    assert main([*remote, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    names = [row["name"] for row in answer["members"]]
+    assert [name.split("-")[1] for name in names] == ["60", "60", "2", "2"]
+    function, plan = answer["function"], answer["plan"]
+    assert (function["gpu"], function["max_containers"]) == ("L4", 4)
+    assert function["tags"]["verb"] == "train"
+    assert function["tags"]["run_id"].startswith("base-sweep-")
+    expected = [row["expected_usd"] for row in answer["members"]]
+    assert answer["expected_usd"] == pytest.approx(sum(expected), abs=1e-3)
+    assert expected[0] == expected[1] > expected[2] == expected[3]
+    assert answer["worst_usd"] == pytest.approx(4 * plan["worst_usd"], abs=1e-3)
+    assert answer["num_parallel"] == 4
+    cap = f"{2.5 * plan['worst_usd']:.4f}"
+    assert main([*remote, "--json", "--budget", cap]) == 0
+    capped = json.loads(capsys.readouterr().out)
+    assert (capped["num_parallel"], capped["worst_usd"]) == (2, float(cap))
+    assert main([*remote, "--budget", "0.001"]) == 2
+    assert main(remote) == 0
+    assert '"max_containers": 4' in capsys.readouterr().out
+    assert not (workplace / "runs").exists()
+
+
+def test_what_the_planner_does_not_know_runs_in_the_written_order(workplace, capsys):
+    grid = ["sweep", "base.toml", "--grid", "grpo.max_steps=2,6", "--parallel", "2"]
+    assert main([*grid, "--set", "grpo.optim=lion_32bit", "--dry-run", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [row["point"]["grpo.max_steps"] for row in answer["members"]] == ["2", "6"]
+    assert (answer["num_parallel"], answer["wall_s"]) == (2, None)
+    assert main([*grid, "--set", "data=nowhere"]) == 2
+    assert "nowhere has no prompts.jsonl" in capsys.readouterr().err
+    assert not (workplace / "runs").exists()

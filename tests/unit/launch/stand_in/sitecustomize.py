@@ -5,11 +5,15 @@ and summary. What is summed depends on the configuration and on every step befor
 that was resumed wrongly ends with another result.
 """
 
+import errno
+import io
 import json
 import os
+import signal
 import sys
 import time
 import types
+from pathlib import Path
 
 
 def run_train(config, run, console, *, resume=False):
@@ -33,8 +37,7 @@ def run_train(config, run, console, *, resume=False):
     while step < config.grpo.get("max_steps", 4):
         step += 1
         time.sleep(float(os.environ.get("STAND_IN_STEP_S", "0")))
-        if step == int(os.environ.get("STAND_IN_HANG_AT", "0")):
-            time.sleep(600)
+        _meet_trouble(step)
         value = (value * 1.37 + step) % 7
         run.append_metrics({"step": step, "loss": value, "reward": value / 7})
         print(f"step {step}", flush=True)
@@ -63,6 +66,33 @@ def run_smoke(config, run, console):
     return run_train(config, run, console)
 
 
+def _meet_trouble(step):
+    """`STAND_IN_..._AT` names the step at which the run hangs, runs out of memory or of room."""
+    if step == int(os.environ.get("STAND_IN_HANG_AT", "0")):
+        if "STAND_IN_DEAF" in os.environ:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        end_s = time.monotonic() + 600
+        while time.monotonic() < end_s:
+            time.sleep(1)
+    if step == int(os.environ.get("STAND_IN_OOM_AT", "0")):
+        Path(os.environ["HOME"], "events").write_text("oom_kill 1\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if step == int(os.environ.get("STAND_IN_FULL_AT", "0")):
+        Path(os.environ["HOME"], "full").touch()
+
+
+def _fill_up(open_file):
+    """`open` on a disk whose volume of runs is full once the mark is there."""
+    runs, mark = os.environ["COMPOSER_RUNS"], Path(os.environ["HOME"], "full")
+
+    def open_or_refuse(file, mode="r", *args, **kwargs):
+        if set(mode) & set("wax") and str(file).startswith(runs) and mark.exists():
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        return open_file(file, mode, *args, **kwargs)
+
+    return open_or_refuse
+
+
 def _fail_as_told(run, error_class):
     """`STAND_IN_FAIL` names what fails how often, such as `{"seed-1": 1}`."""
     told = json.loads(os.environ.get("STAND_IN_FAIL", "{}"))
@@ -81,3 +111,9 @@ for _name, _body in (("train", run_train), ("smoke", run_smoke)):
 _defaults = types.ModuleType("composer_replication.experiments.smoke_defaults")
 _defaults.with_smoke_defaults = lambda config: config
 sys.modules[_defaults.__name__] = _defaults
+if "STAND_IN_FULL_AT" in os.environ and "COMPOSER_RUNS" in os.environ:
+    io.open = _fill_up(io.open)
+if "STAND_IN_OOM_AT" in os.environ and "COMPOSER_RUNS" in os.environ:
+    import composer_replication.launch.container
+
+    composer_replication.launch.container._CGROUP_EVENTS = Path(os.environ["HOME"], "events")
