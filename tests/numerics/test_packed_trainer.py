@@ -8,11 +8,14 @@ import tiny_trainer
 import torch
 from test_step_under_lora import lora_model
 
-from composer_replication.training.whole_groups import keep_groups_whole
+from composer_replication import HintSite
+from composer_replication.training.channel_plan import place_sites
+from composer_replication.training.whole_groups import WholeGroups
 
 # TRL's and its dependencies' own warnings are not ours to fix.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+STATE = tiny_families.LONG
 CASES = {
     "ema": {},
     "live": {"teacher": "live"},
@@ -153,14 +156,67 @@ def test_regrouping_keeps_every_row_together_with_all_of_its_values():
         }
         for part in (slice(0, 2), slice(2, 4), slice(4, 6))
     ]
-    whole = keep_groups_whole(shuffled)
-    assert [batch["row"].tolist() for batch in whole] == [[0, 2], [1, 4], [3, 5]]
+    groups = WholeGroups()
+    # Sampled in another order than the shuffle has them.
+    sampled = torch.tensor([[5, 6], [5, 6], [1, 2], [1, 2], [3, 4], [3, 4]])
+    planned = groups.note({"prompt_ids": sampled, "prompt_mask": torch.ones_like(sampled)}, 2)
+    assert planned == [{(5, 6)}, {(1, 2)}, {(3, 4)}]
+    whole = groups.regroup(shuffled)
+    assert [batch["row"].tolist() for batch in whole] == [[3, 5], [0, 2], [1, 4]]
     assert [batch["names"] for batch in whole] == [
-        ["row 0", "row 2"], ["row 1", "row 4"], ["row 3", "row 5"]
+        ["row 3", "row 5"], ["row 0", "row 2"], ["row 1", "row 4"]
     ]  # fmt: skip
     assert all(batch["num_items_in_batch"] == 9 for batch in whole)
     assert all(batch["tool_mask"] is None for batch in whole)
-    assert torch.equal(whole[1]["prompt_ids"], prompts[[1, 4]])
+    assert torch.equal(whole[2]["prompt_ids"], prompts[[1, 4]])
+
+
+def test_a_group_larger_than_a_micro_batch_is_planned_where_it_goes_on():
+    ids = torch.tensor([[0, 7], [0, 7], [0, 7], [8, 9]])
+    output = {"prompt_ids": ids, "prompt_mask": torch.tensor([[0, 1]] * 3 + [[1, 1]])}
+    assert WholeGroups().note(output, 2) == [{(7,)}, {(7,), (8, 9)}]
+
+
+def site_after(*ids):
+    return HintSite(STATE, "use find", "ls", state_ids=ids, action_ids=(3,), is_on_policy=True)
+
+
+def test_an_error_turn_is_placed_beside_its_rollout_while_there_is_room():
+    prompts = [{(1, 2)}, {(5, 6)}]
+    first, later, other = site_after(1, 2), site_after(1, 2, 9, 9), site_after(5, 6)
+    assert place_sites([other, first], prompts, 2) == [[first], [other]]
+    # A later turn begins with the prompt too; each gets its share of two and no more.
+    one_more = site_after(1, 2, 4)
+    placed = place_sites([first, later, one_more, other], prompts, 2)
+    assert placed == [[first, later], [other, one_more]]
+    recorded = HintSite(STATE, "use find", "ls")
+    assert place_sites([recorded, first, other], prompts, 2) == [[first, recorded], [other]]
+    assert place_sites([first, later, other], None, 2) == [[first, other], [later]]
+    assert place_sites([], prompts, 2) == [[], []]
+
+
+@pytest.mark.parametrize("erring", [(0, 3), (2,), (0, 1, 2, 3)])
+def test_sites_of_a_packed_run_share_the_prompt_of_their_micro_batch(tmp_path, erring):
+    trainer = tiny_trainer.build_trainer(
+        tmp_path,
+        tree="auto",
+        erring=erring,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+    )
+    trainer.train()
+    num_sites = 0
+    for batch, part in zip(trainer._buffered_inputs, trainer._plan, strict=True):
+        prompt = batch["prompt_ids"][0][batch["prompt_mask"][0].bool()].tolist()
+        if "input_ids" not in part.tensors:
+            continue
+        for ids, mask in zip(
+            part.tensors["input_ids"], part.tensors["attention_mask"], strict=True
+        ):
+            assert ids[mask.bool()].tolist()[: len(prompt)] == prompt
+            num_sites += 1
+    assert num_sites == len(erring)
 
 
 def test_a_model_that_a_tree_does_not_reproduce_says_why_and_trains_separately(tmp_path, caplog):

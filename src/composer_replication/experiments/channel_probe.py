@@ -37,9 +37,8 @@ def record_inputs(
         channels: to be counted; None: all extra channels of the run.
     """
     (micro_batch,) = plan_step(
-        sites,
+        [sites],
         pairs,
-        num_micro_batches=1,
         collator=trainer.collator,
         channels=list(trainer.channel_weights) if channels is None else channels,
         sum_over_ranks=trainer._sum_over_ranks,

@@ -80,6 +80,9 @@ class TaskSettings:
     old_convention_every: int | None = None
     """After so many training prompts one of them comes once more and asks for the convention that
     the task replaced, which holds there; None: none does."""
+    anchors_old_convention: bool = False
+    """SDPO's given sites are the training prompts that ask for the old convention, with the right
+    call and no hint: there it holds the policy to its teacher."""
 
 
 _GRPO: Mapping[str, object] = MappingProxyType(

@@ -1,6 +1,6 @@
 """Draws the hint sites and pairs of the optimizer steps that one generation feeds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import cast
 
 from composer_replication.batch.collate import ComposerDataCollator
@@ -11,11 +11,13 @@ from composer_replication.traces.pairs import PreferencePair
 from composer_replication.training.channel_plan import (
     MicroBatch,
     SumOverRanks,
+    place_sites,
     plan_step,
     scheduled,
 )
 from composer_replication.training.composer_config import ComposerConfig
 from composer_replication.training.record_loader import RecordLoader, records_fingerprint
+from composer_replication.training.whole_groups import PromptIds
 
 Resample = Callable[[list[HintSite]], list[HintSite]]
 
@@ -99,6 +101,7 @@ class GenerationPlanner:
         *,
         global_step: int,
         resample: Resample,
+        prompts: Sequence[Collection[PromptIds]] | None = None,
     ) -> list[MicroBatch]:
         """Micro-batches for every optimizer step of a generation; all ranks call it together.
 
@@ -107,6 +110,7 @@ class GenerationPlanner:
             collator: renders and aligns the records.
             global_step: optimizer steps done.
             resample: gives recorded sites an action of the policy.
+            prompts: of the rollouts in each micro-batch of the generation; None: not known.
         """
         args = self._args
         accumulation = args.gradient_accumulation_steps
@@ -116,10 +120,15 @@ class GenerationPlanner:
         for index in range(num_steps):
             live = scheduled(self._channels, args.channel_schedule, global_step + index)
             data = {CHANNELS[name].data for name in live}
+            own = None
+            if prompts is not None:
+                # Each further iteration walks through the same micro-batches once more.
+                start = index * accumulation % len(prompts)
+                own = prompts[start : start + accumulation]
+            of_step = sites[index::num_steps] if "hint_sites" in data else []
             plan += plan_step(
-                sites[index::num_steps] if "hint_sites" in data else [],
+                place_sites(of_step, own, accumulation),
                 self._pairs() if "pairs" in data else [],
-                num_micro_batches=accumulation,
                 collator=collator,
                 channels=self._channels,
                 sum_over_ranks=self._sum_over_ranks,

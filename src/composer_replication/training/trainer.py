@@ -50,7 +50,7 @@ from composer_replication.training.step_diagnostics import StepDiagnostics
 from composer_replication.training.teacher import Teacher, TeacherCallback, make_teacher
 from composer_replication.training.trl_hooks import GRPOConfig, GRPOTrainer
 from composer_replication.training.whole_checkpoint import whole_checkpoint
-from composer_replication.training.whole_groups import keep_groups_whole
+from composer_replication.training.whole_groups import WholeGroups
 
 Inputs = dict[str, Tensor]
 
@@ -112,6 +112,7 @@ class ComposerReplicationTrainer(GRPOTrainer):
         self.channel_weights = weights
         self.clock = StepClock(self.accelerator.device)
         self._plan: list[MicroBatch] = []
+        self._groups = WholeGroups()
         self._finished_passes = 0
         self._is_saving = False
         self._channel_totals: dict[str, float] = {}
@@ -193,12 +194,14 @@ class ComposerReplicationTrainer(GRPOTrainer):
         if self._is_training:
             sites = self._route(inputs, output)
             write_step_rollouts(self, inputs, output)
+            prompts = self._groups.note(output, self.args.per_device_train_batch_size)
             if self.planner is not None:
                 self._plan = self.planner.plan(
                     sites,
                     self.collator,
                     global_step=self.state.global_step,
                     resample=self._resample,
+                    prompts=prompts if self.packing.is_on else None,
                 )
         return output
 
@@ -208,7 +211,7 @@ class ComposerReplicationTrainer(GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         buffered = self._buffered_inputs
         if self.packing.is_on and buffered is not None and buffered is not generation:
-            whole = keep_groups_whole(buffered)
+            whole = self._groups.regroup(buffered)
             self._buffered_inputs = cast(list[Inputs] | None, whole)
             inputs = whole[self._step % len(whole)]
         if not self._plan or not self._is_training:
@@ -256,10 +259,8 @@ class ComposerReplicationTrainer(GRPOTrainer):
         return *self.packing.rollout_scores(model, *rows), None
 
     def _scheduled_channels(self) -> tuple[str, ...]:
-        if not self._is_training:
-            return ()
-        schedule = self._composer_args.channel_schedule
-        return scheduled(tuple(self.channel_weights), schedule, self.state.global_step)
+        names = tuple(self.channel_weights) if self._is_training else ()
+        return scheduled(names, self._composer_args.channel_schedule, self.state.global_step)
 
     @property
     def _open_teacher(self) -> TeacherContext | None:
