@@ -55,9 +55,7 @@ from composer_replication.experiments.trainer_setup import (
     prepare,
 )
 from composer_replication.runs.run_directory import RunDirectory
-from composer_replication.traces.hints import HintSite
 from composer_replication.traces.json_lines import Row
-from composer_replication.traces.trace import messages_from
 from composer_replication.training.metrics import StepMetricsCallback, peak_gib
 from composer_replication.training.model_source import LoadedModel
 from composer_replication.training.trainer import ComposerReplicationTrainer
@@ -84,8 +82,7 @@ def run_evidence(
     train = training_rows(run, settings)
     heldout = _rows(run, "heldout", settings.num_heldout, settings)
     folder = runs_dir / run.key
-    anchors = _anchors(run.task, train.prompts) if settings.anchors_old_convention else []
-    _write_data(folder / "data", run, train, anchors)
+    _write_data(folder / "data", run, train)
     config = run_config(run, settings, str(folder / "data"))
     with RunDirectory.create(_fresh(folder / "run"), resume=False) as directory:
         directory.write_config(dump_config(config))
@@ -180,19 +177,6 @@ def _with_old_convention(rows: TaskRows, task: str, settings: TaskSettings) -> T
     return dataclasses.replace(rows, prompts=prompts[: settings.num_train])
 
 
-def _anchors(task: str, prompts: Sequence[Row]) -> list[HintSite]:
-    """The right answer to each prompt under the convention that the task replaced, no hint."""
-    return [
-        HintSite(
-            state=messages_from(cast(Sequence[Row], row["prompt"])),
-            hint="",
-            action=json.dumps(dict(task_from_seed(cast(int, row["task_seed"]), "train").old_call)),
-            source=f"anchor-{number:04d}",
-        )
-        for number, row in enumerate(old_convention_rows(task, prompts))
-    ]
-
-
 def run_config(run: EvidenceRun, settings: TaskSettings, data: str) -> RunConfig:
     """The task's configuration with what the arm switches off."""
     arm = ARMS[run.arm]
@@ -211,14 +195,13 @@ def _fresh(folder: Path) -> Path:
     return folder
 
 
-def _write_data(folder: Path, run: EvidenceRun, train: TaskRows, anchors: list[HintSite]) -> None:
-    """Prompts, pairs and anchors; no other hint sites: those are the error turns of rollouts.
+def _write_data(folder: Path, run: EvidenceRun, train: TaskRows) -> None:
+    """Prompts and pairs, no hint sites: those are the error turns of rollouts.
 
-    At given sites with sampled actions the SDPO arms would sample more tokens than the others.
+    At given sites the SDPO arms would sample actions, and so more tokens than the others.
     """
-    write_split(folder, dataclasses.replace(train, hint_sites=anchors, episodes=[]))
-    if not anchors:
-        (folder / "hint_sites.jsonl").unlink()
+    write_split(folder, dataclasses.replace(train, hint_sites=[], episodes=[]))
+    (folder / "hint_sites.jsonl").unlink()
     write_manifest(folder, {"schema": DATA_SCHEMA, "task": run.task, "seed": run.seed})
 
 

@@ -80,9 +80,6 @@ class TaskSettings:
     old_convention_every: int | None = None
     """After so many training prompts one of them comes once more and asks for the convention that
     the task replaced, which holds there; None: none does."""
-    anchors_old_convention: bool = False
-    """SDPO's given sites are the training prompts that ask for the old convention, with the right
-    call and no hint: there it holds the policy to its teacher."""
 
 
 _GRPO: Mapping[str, object] = MappingProxyType(
@@ -101,12 +98,12 @@ SETTINGS: Mapping[str, TaskSettings] = MappingProxyType(
     {
         "api_drift": TaskSettings(
             knobs={"num_spare_turns": 0},
-            num_train=96,
+            num_train=80,
             num_heldout=40,
             num_curve=16,
             curve_every=4,
             num_tools=4,
-            old_convention_every=2,
+            old_convention_every=4,
             config={
                 "model": "smollm2-135m",
                 "alpha_sdpo": 1.0,
@@ -118,10 +115,10 @@ SETTINGS: Mapping[str, TaskSettings] = MappingProxyType(
                     "learning_rate": 5e-5,
                     "lr_scheduler_type": "linear",
                     "max_steps": 16,
-                    # In order every step has a prompt of each tool and the old convention of two.
+                    # In order every step has a prompt of each tool and the old convention of one.
                     # Where a step lacks a tool, what the others teach spreads to it: a further key
                     # after each path.
-                    "per_device_train_batch_size": 12,
+                    "per_device_train_batch_size": 10,
                     "num_generations": 2,
                     "shuffle_dataset": False,
                 },
@@ -129,7 +126,7 @@ SETTINGS: Mapping[str, TaskSettings] = MappingProxyType(
                     "beta": 0.0,
                     "temperature": 0.6,
                     "hint_placement": "demonstrate",
-                    "sites_per_step": 12,
+                    "sites_per_step": 10,
                 },
                 "dpo": {"pairs_per_step": 1},
                 "rollout": {"max_turns": 2, "max_action_tokens": 36},
