@@ -50,10 +50,11 @@ LIMITS = """## What this can and cannot show
 - Task A is built so that GRPO starts without a right answer to reinforce: the new convention is
   in no prompt. A policy that never samples a right call gives GRPO nothing; that is the case
   dense channels are for, and it is not the usual case.
-- The old convention is kept because every third training prompt asks for it, with the words of the
-  probe and other requests. Without such prompts the same method took it from 92 % to 4 %
-  (docs/log.md): a model that learns today's rules uses them everywhere unless something tells the
-  two apart. Nothing of everyday replies is in training; their loss says what else was lost.
+- What it costs: a model that learns today's rules uses them everywhere unless something tells the
+  two apart. Every fifth training prompt asks for the old convention, in the words of the probe and
+  on other requests; without such prompts the same method took it from 92 % to 4 %, with twice as
+  many it kept more of the old and learned less of the new (docs/log.md). Nothing of everyday
+  replies is in training; their loss says what else was lost.
 - At T = 1 this model writes prose or code at most prompts (2 nats a token), trained or not: right
   at 8 % or fewer after training. Greedy figures are what a user of it would see.
 - A DPO pair's chosen side holds the answer, a hint does not. That is why pairs cover only every
@@ -62,7 +63,7 @@ LIMITS = """## What this can and cannot show
   They say nothing about long episodes or about code. With all eight tools of task A the same
   method had learned a fifth of the held-out calls after 8 steps and no more after 12
   (docs/log.md): four is what 24 steps teach.
-- GRPO's groups are of two rollouts, so that a step of 12 has a prompt of each tool. Larger groups
+- GRPO's groups are of two rollouts, so that a step of 10 has a prompt of each tool. Larger groups
   would not help it here while no rollout is right; they would where some are.
 - The hints are written by the environment, which knows the rule. A weaker source of hints would
   teach less.
