@@ -124,7 +124,8 @@ def test_no_option_of_the_project_leaves_tests_out():
         "-rs", "--strict-markers", "--strict-config", options["addopts"].split()[-1]
     ]  # fmt: skip
     assert options["addopts"].split()[-1].startswith("--jaxtyping-packages=")
-    assert "\tHF_HUB_OFFLINE=1 $(BIN)/python -m pytest\n" in (ROOT / "Makefile").read_text()
+    command = "\tHF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile\n"
+    assert command in (ROOT / "Makefile").read_text()
     assert (ROOT / ".ci" / "run").read_text().endswith("make check\nmake test\n")
 
 

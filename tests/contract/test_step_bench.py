@@ -148,12 +148,20 @@ def test_tokens_of_ours_are_the_rows_of_the_tree_that_it_walks(tiny_folder, flag
     workload = bench.make_workload(args, loaded.model.config.vocab_size)
     setting = bench.make_setting(args, loaded, workload, nullcontext)
     rows = [(*r.prompt_ids, *r.completion_ids) for r in workload.rollouts]
-    rows += [(*context, *s.action) for s in workload.sites for context in (s.context, s.hinted)]
+    rows += [(*s.context, *s.action) for s in workload.sites]
     rows += [(*p.context, *action) for p in workload.pairs for action in (p.chosen, p.rejected)]
-    tree = PrefixTree([np.array(row[:-1]) for row in rows])
+    hinted = [(*s.hinted, *s.action) for s in workload.sites]
+    policy, teacher, both = (
+        PrefixTree([np.array(row[:-1]) for row in each]) for each in (rows, hinted, rows + hinted)
+    )
+    num_own = both.num_rows - policy.num_rows
+    rides = teacher.num_rows - num_own > 2 * num_own
+    assert rides == (flags == ["--trajectories"])
+    trees = [both] if rides else [policy, teacher]
     work = ours.OurStep("ours", setting, bench.OUR_EXECUTOR).work(workload)
-    assert sum(forward.tokens for forward in work) == tree.num_rows
-    assert sum(forward.attention_pairs for forward in work) == int((tree.positions + 1).sum())
+    assert sum(forward.tokens for forward in work) == sum(tree.num_rows for tree in trees)
+    num_attended = sum(int((tree.positions + 1).sum()) for tree in trees)
+    assert sum(forward.attention_pairs for forward in work) == num_attended
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,8 @@ def test_under_bf16_autocast_both_executors_are_as_near_to_fp32(family):
         # Where a router rounds to other experts, gradients are others.
         assert packed[0] < 0.1
         return
-    assert packed[0] < max(1.5 * separate[0], 0.02)
+    # A divergence of two forwards has their rounding twice, where rows that ride share it.
+    assert packed[0] < max(1.5 * separate[0], 0.03)
     assert packed[1] < max(1.5 * separate[1], 0.1)
 
 

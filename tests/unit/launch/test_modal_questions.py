@@ -63,6 +63,14 @@ class Terminal:
         return code
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """A shell starts its background jobs deaf to Ctrl-C, and what they start inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("answer", [b"\n", b"n\n", b"N\n", b"later\n", b"\x04"])
 def test_anything_but_yes_to_the_spending_question_sends_nothing(platform, workplace, answer):
     terminal = Terminal(*TRAIN, platform=platform)
