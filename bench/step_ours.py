@@ -19,6 +19,7 @@ from torch import Tensor
 from composer_replication.batch.batches import Rollout
 from composer_replication.step.channels import CHANNELS as CHANNEL_TABLE
 from composer_replication.step.optimizer_step import channel_sums
+from composer_replication.step.packed import is_riding_cheaper
 from composer_replication.step.scores import Executor
 from composer_replication.step.separate import score_separately
 
@@ -72,7 +73,7 @@ class OurStep:
             num_tokens, num_attended = _merged(teacher)
             all_tokens, all_attended = _merged(policy + teacher)
             num_own = all_tokens - tokens
-            if self._setting.own_teacher is None and num_tokens - num_own > 2 * num_own:
+            if self._setting.own_teacher is None and is_riding_cheaper(num_tokens, num_own):
                 # Riding in the policy's tree, the teacher adds what it does not share with it.
                 num_tokens, num_attended = num_own, all_attended - attended
             num_hinted = len(_action_prefixes(teacher))

@@ -153,17 +153,25 @@ def _roles(tensors: StepTensors, needs: frozenset[str]) -> dict[str, _Role]:
     return roles
 
 
-def _rides(asked: Mapping[str, RowsAsked]) -> bool:
+def is_riding_cheaper(num_tokens: int, num_own: int) -> bool:
     """Whether a live teacher costs less in the policy's tree than in one of its own.
 
     In the policy's, each row that it alone has goes through a backward that brings nothing, twice
     the work of a forward. In its own, each row that it shares with the policy is computed again.
+
+    Args:
+        num_tokens: rows of the teacher's own tree.
+        num_own: of them, those that the policy's tree does not have.
     """
+    return num_tokens - num_own > 2 * num_own
+
+
+def _rides(asked: Mapping[str, RowsAsked]) -> bool:
+    """Whether a live teacher rides in the policy's tree."""
     policy = [ids for name, each in asked.items() if name != "teacher" for ids in each.sequences]
     teacher = list(asked["teacher"].sequences)
     num_own = num_unique_tokens(policy + teacher) - num_unique_tokens(policy)
-    num_shared = num_unique_tokens(teacher) - num_own
-    return num_shared > 2 * num_own
+    return is_riding_cheaper(num_unique_tokens(teacher), num_own)
 
 
 def _only(
