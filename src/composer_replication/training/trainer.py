@@ -216,8 +216,7 @@ class ComposerReplicationTrainer(GRPOTrainer):
             inputs = whole[self._step % len(whole)]
         if not self._plan or not self._is_training:
             return inputs
-        part = self._plan[self._step % len(self._plan)].inputs(self.accelerator.device)
-        return {**inputs, **part}
+        return inputs | self._plan[self._step % len(self._plan)].inputs(self.accelerator.device)
 
     def _compute_loss(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """TRL's loss plus each scheduled channel times its weight.
