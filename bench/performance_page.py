@@ -44,6 +44,7 @@ def performance() -> str:
     lines = [HEAD, *ratio_lines(timed), *memory_lines(timed), *whole_lines(timed)]
     lines += [*growth_lines(growth), *counted_memory_lines(memory), *equality_lines(timed)]
     lines += precision_lines(precision)
+    lines += turn_lines(json.loads((RESULTS / "rollout_turns.json").read_text()))
     return "\n".join(lines) + "\n"
 
 
@@ -211,3 +212,24 @@ def precision_lines(report: dict[str, Any] | None) -> list[str]:
         f"fp64. The largest error of packed is {report['ratio_of_max']:.2f} of that of separate.",
     ]
     return table(before, ["executor", "loss", "gradient, largest", "gradient, median"], rows)
+
+
+def turn_lines(report: dict[str, Any]) -> list[str]:
+    """Sampling rollouts of several turns."""
+    sizes, seconds = report["sizes"], report["rollout_s"]
+    rows = [
+        f"| {name} | {seconds[name]:.1f} | {report['ratios'].get(name, 1.0):.2f} | "
+        f"{report['processor_ratios'].get(name, 1.0):.2f} |"
+        for name in seconds
+    ]
+    before = [
+        "## Sampling rollouts of several turns",
+        "",
+        f"{report['model']}, {report['machine']}, by `python bench/rollout_turns.py --json`:",
+        f"{sizes['prompts']} prompts of {sizes['prompt']} tokens, {sizes['rollouts']} rollouts",
+        f"each, {sizes['turns']} turns of {sizes['action']} sampled tokens and {sizes['answer']}",
+        "of the environment. *generate*: each turn computes every row's whole context again.",
+        "*groups*: each distinct context once. *ours*: and of it only what the turn before has not",
+        f"computed. All sampled the same tokens first; medians of {sizes['repeats']} rounds.",
+    ]
+    return table(before, ["sampling", "seconds", "over ours", "processor"], rows)

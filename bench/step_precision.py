@@ -2,8 +2,8 @@
 
     python bench/step_precision.py --prefix 192 --json > bench/results/step_precision.json
 
-One step of all three channels on one state, first in fp32 under both executors, then in fp64 with
-separate forwards: what the rounding of one big forward costs beside that of many small ones.
+One step of all three channels on one state, first in fp64 with separate forwards, then in fp32
+under both executors: what the rounding of one big forward costs beside that of many small ones.
 """
 
 import argparse
@@ -41,10 +41,12 @@ def report(spec: str, sizes: Sizes) -> dict[str, Any]:
     model = loaded.model.train()
     drawn = one_state(sizes, Draw(model.config.get_text_config().vocab_size, seed=0))
     setting = Setting(model, None, drawn.max_completion_length, drawn.counts())
-    reference = reference_step(setting, drawn, seed=0)
-    found = {name: measured(setting, reference.workload, name) for name in EXECUTORS}
+    # Old and reference log-probs are those of fp64: neither executor's own rounding cancels.
     model.double()
+    reference = reference_step(setting, drawn, seed=0)
     exact_loss, exact_grads = measured(setting, reference.workload, "separate")
+    model.float()
+    found = {name: measured(setting, reference.workload, name) for name in EXECUTORS}
     errors = {name: gradient_errors(grads, exact_grads) for name, (_, grads) in found.items()}
     ratios = [p / s for p, s in zip(errors["packed"], errors["separate"], strict=True) if s > 0]
     return {

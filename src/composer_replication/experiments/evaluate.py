@@ -27,6 +27,7 @@ from composer_replication.planner.evaluation_shape import BATCH_SIZE
 from composer_replication.step.hidden_states import causal_lm
 from composer_replication.training.rollout_episode import Episode, Limits
 from composer_replication.training.rollouts import EnvironmentRollouts, Prompt
+from composer_replication.training.shared_prefill import shared_prefill
 
 SUCCESS_REWARD = 1.0 - 1e-6
 """Every task gives 1 for what was asked, summed up from tenths where it is graded."""
@@ -154,7 +155,7 @@ def evaluate(
         ),
     )
     prompts = [cast(Prompt, row["prompt"]) for row in rows for _ in range(num_samples)]
-    with evaluating(model, seed=seed, is_bf16=is_bf16):
+    with evaluating(model, seed=seed, is_bf16=is_bf16), shared_prefill(model):
         episodes = rollouts.play(prompts, tokenizer, sampler, limits)
     outcomes = [_outcome(episode, i // num_samples) for i, episode in enumerate(episodes)]
     return EvaluationResult(decoding, tuple(outcomes), num_samples)

@@ -28,6 +28,7 @@ from composer_replication.training.rollout_episode import (
     take_turn,
     to_batch,
 )
+from composer_replication.training.shared_prefill import shared_prefill
 from composer_replication.training.trl_hooks import GRPOTrainer
 
 Prompt = Sequence[Mapping[str, object]]
@@ -106,7 +107,9 @@ class EnvironmentRollouts:
         def sample(contexts: Sequence[list[int]], max_new_tokens: int) -> list[SampledAction]:
             return sample_actions(trainer, contexts, max_new_tokens)
 
-        episodes = self.play(prompts, tokenizer, sample, self._limits(trainer))
+        # Around all turns, so that each goes on from the caches of the one before it.
+        with shared_prefill(cast(nn.Module, trainer.model)):
+            episodes = self.play(prompts, tokenizer, sample, self._limits(trainer))
         _count_failures(episodes, trainer)
         return to_batch(episodes, tokenizer)
 

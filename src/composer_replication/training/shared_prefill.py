@@ -1,17 +1,24 @@
-"""Equal contexts go through the model once before sampling, however many rollouts start from them.
+"""Before sampling, a context goes through the model once, and only where it is new.
 
-The rollouts of a group begin with the same prompt, and `generate` computes the prompt's keys and
-values for each row of its batch: at P = 1024, G = 4 and actions of 64 tokens that is three quarters
-of all that sampling computes. Here each distinct context is computed once and its cache repeated.
+`generate` computes keys and values of the whole context for each row of its batch. The rollouts of
+a group begin with the same prompt: at P = 1024, G = 4 and actions of 64 tokens its copies are three
+quarters of all that sampling computes. And each turn begins with everything up to the turn before,
+so that T turns cost T squared. Here each distinct context is computed once, its cache repeated, and
+the next turn goes on from the caches of this one.
+
+Letters: B rows, U distinct contexts, K kept columns, T columns, H heads, D head size.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from composer_replication.step.hidden_states import causal_lm
 
@@ -21,29 +28,22 @@ _CACHED_LAYERS = {"full_attention", "sliding_attention"}
 
 @contextlib.contextmanager
 def shared_prefill(model: nn.Module) -> Iterator[None]:
-    """Within it, `generate` of the causal LM inside `model` computes each distinct context once.
+    """Within it, `generate` of the causal LM inside `model` computes no context twice.
 
     Sampled tokens are those of `generate` itself up to the rounding of another batch shape. A model
     with other caches than keys and values, and a call that is not plain text, are left alone.
+
+    The model must stay as it is inside; the caches of the last call are held until the end. Within
+    another `shared_prefill` of the same model this one does nothing.
     """
     lm = causal_lm(model)
     kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ["full_attention"])
     is_stateful = getattr(lm, "_is_stateful", False)
-    if not kinds <= _CACHED_LAYERS or lm.config.is_encoder_decoder or is_stateful:
+    is_inner = isinstance(vars(lm).get("generate"), _GenerateFromShared)
+    if is_inner or not kinds <= _CACHED_LAYERS or lm.config.is_encoder_decoder or is_stateful:
         yield
         return
-    generate = cast(Callable[..., Tensor], lm.generate)
-
-    def generate_from_shared(
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **keywords: Any,  # noqa: ANN401, those of `generate`
-    ) -> Tensor:
-        if input_ids is not None and attention_mask is not None and _is_plain(keywords):
-            keywords["past_key_values"] = _cache_of(lm, input_ids, attention_mask)
-        return generate(input_ids=input_ids, attention_mask=attention_mask, **keywords)
-
-    vars(lm)["generate"] = generate_from_shared
+    vars(lm)["generate"] = _GenerateFromShared(lm)
     try:
         yield
     finally:
@@ -51,39 +51,143 @@ def shared_prefill(model: nn.Module) -> Iterator[None]:
         del vars(lm)["generate"]
 
 
-def _is_plain(keywords: dict[str, Any]) -> bool:
-    """Whether nothing but text goes in, and the cache is the one that `generate` would make."""
-    settings = keywords.get("generation_config")
-    inputs = [name for name, value in keywords.items() if isinstance(value, Tensor)]
-    has_own_cache = getattr(settings, "cache_implementation", None) not in (None, "dynamic")
-    uses_cache = getattr(settings, "use_cache", None) is not False
-    return not inputs and not has_own_cache and uses_cache and "past_key_values" not in keywords
+@dataclass(slots=True)
+class _Kept:
+    """Keys and values of a finished `generate`; its columns are those of `ids`."""
+
+    ids: Int[Tensor, "B T"]
+    num_padded: Int[Tensor, " B"]
+    """Columns on the left of each row that hold nothing."""
+    layers: list[tuple[Tensor, Tensor]]
+    """Keys and values, [B, H, T, D] each."""
+
+    def shared_with(self, ids: Int[Tensor, " n"]) -> tuple[int, int]:
+        """The row that begins most like these ids, and the number of tokens they share."""
+        columns = self.num_padded[:, None] + torch.arange(len(ids), device=ids.device)
+        is_there = columns < self.ids.shape[1]
+        found = self.ids.gather(1, columns.clamp(max=self.ids.shape[1] - 1))
+        lengths = ((found == ids) & is_there).cumprod(1).sum(1)
+        row = int(lengths.argmax())
+        return row, int(lengths[row])
 
 
-def _cache_of(lm: PreTrainedModel, input_ids_BT: Tensor, mask_BT: Tensor) -> DynamicCache | None:
-    """Keys and values of all tokens but each row's last, which `generate` feeds itself.
+class _GenerateFromShared:
+    """Stands for `lm.generate`."""
 
-    Rows are padded on the left and stay so: the cache has a place for each column.
+    def __init__(self, lm: PreTrainedModel) -> None:
+        self._lm = lm
+        self._generate = cast(Callable[..., Tensor], lm.generate)
+        self._kept: _Kept | None = None
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **keywords: Any,  # noqa: ANN401, those of `generate`
+    ) -> Tensor:
+        if input_ids is None or attention_mask is None or not _is_plain(self._lm, keywords):
+            return self._generate(input_ids=input_ids, attention_mask=attention_mask, **keywords)
+        cache = self._cache_of(input_ids[:, :-1], attention_mask[:, :-1])
+        output = self._generate(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, **keywords
+        )
+        if cache is not None:
+            layers = _whole_layers(cache, output)
+            num_padded = (attention_mask == 0).sum(1)
+            self._kept = None if layers is None else _Kept(output[:, :-1], num_padded, layers)
+        return output
+
+    def _cache_of(self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]) -> DynamicCache | None:
+        """Of all tokens but each row's last, which `generate` feeds itself.
+
+        Rows are padded on the left and stay so: the cache has a place for each column.
+        """
+        if ids.shape[1] == 0:
+            return None
+        keys = torch.cat([ids * mask, mask], dim=1)
+        _, row_of = torch.unique(keys, dim=0, return_inverse=True)
+        # The first row of each distinct context stands for all of its copies.
+        first_of = torch.full((int(row_of.max()) + 1,), len(row_of), device=row_of.device)
+        rows = torch.arange(len(row_of), device=row_of.device)
+        first_of.scatter_reduce_(0, row_of, rows, reduce="amin")
+        ids, mask = ids[first_of], mask[first_of]
+        positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        cache, start = self._kept_columns(ids, mask)
+        self._lm(
+            input_ids=ids[:, start:],
+            attention_mask=mask,
+            position_ids=positions[:, start:],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.reorder_cache(row_of)
+        return cache
+
+    def _kept_columns(
+        self, ids: Int[Tensor, "U T"], mask: Int[Tensor, "U T"]
+    ) -> tuple[DynamicCache, int]:
+        """A cache of the first K columns, and K: every row ends with at most T - K new tokens."""
+        cache = DynamicCache(config=self._lm.config)
+        kept, self._kept = self._kept, None
+        if kept is None:
+            return cache, 0
+        num_padded = (mask == 0).sum(1)
+        lengths = mask.sum(1).tolist()
+        found = [kept.shared_with(row[len(row) - n :]) for row, n in zip(ids, lengths, strict=True)]
+        num_new = max(n - shared for n, (_, shared) in zip(lengths, found, strict=True))
+        # At least one, so that processes with sharded weights all make a forward.
+        start = ids.shape[1] - max(num_new, 1)
+        if start < 1:
+            return cache, 0
+        sources = torch.tensor([row for row, _ in found], device=ids.device)
+        shifts = kept.num_padded[sources] - num_padded
+        # What stands in a padded column is masked.
+        columns = (torch.arange(start, device=ids.device) + shifts[:, None]).clamp(min=0)
+        columns = columns.clamp(max=kept.ids.shape[1] - 1)
+        for index in range(len(kept.layers)):
+            # One layer at a time, so that both caches are never whole.
+            keys, values = kept.layers.pop(0)
+            cache.update(_taken(keys, sources, columns), _taken(values, sources, columns), index)
+        return cache, start
+
+
+def _taken(states: Tensor, rows: Int[Tensor, " U"], columns: Int[Tensor, "U K"]) -> Tensor:
+    """[B, H, T, D] -> [U, H, K, D]."""
+    return states.transpose(1, 2)[rows[:, None], columns].transpose(1, 2)
+
+
+def _whole_layers(cache: DynamicCache, output: object) -> list[tuple[Tensor, Tensor]] | None:
+    """Keys and values of every layer; None unless each has all columns of the output but the last.
+
+    A sliding window forgets columns.
     """
-    ids_BT, mask_BT = input_ids_BT[:, :-1], mask_BT[:, :-1]
-    if ids_BT.shape[1] == 0:
+    if not isinstance(output, Tensor):
         return None
-    keys = torch.cat([ids_BT * mask_BT, mask_BT], dim=1)
-    _, row_of = torch.unique(keys, dim=0, return_inverse=True)
-    # The first row of each distinct context stands for all of its copies.
-    first_of = torch.full((int(row_of.max()) + 1,), len(row_of), device=row_of.device)
-    rows = torch.arange(len(row_of), device=row_of.device)
-    first_of.scatter_reduce_(0, row_of, rows, reduce="amin")
-    ids, mask = ids_BT[first_of], mask_BT[first_of]
-    positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
-    cache = DynamicCache(config=lm.config)
-    lm(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
+    whole = (output.shape[0], output.shape[1] - 1)
+    layers: list[tuple[Tensor, Tensor]] = []
+    for layer in cache.layers:
+        if not isinstance(layer, CacheLayerMixin) or layer.keys is None or layer.values is None:
+            return None
+        if (layer.keys.shape[0], layer.keys.shape[2]) != whole:
+            return None
+        layers.append((layer.keys, layer.values))
+    return layers
+
+
+def _is_plain(lm: PreTrainedModel, keywords: dict[str, Any]) -> bool:
+    """Whether nothing but text goes in, and the cache is the one that `generate` would make."""
+
+    def setting(name: str) -> object:
+        given = getattr(keywords.get("generation_config"), name, None)
+        own = getattr(lm.generation_config, name, None)
+        return next((v for v in (keywords.get(name), given, own) if v is not None), None)
+
+    inputs = [name for name, value in keywords.items() if isinstance(value, Tensor)]
+    has_own_cache = setting("cache_implementation") not in (None, "dynamic")
+    # Beams and further samples of a row have caches of their own.
+    is_expanded = any(
+        setting(name) not in (None, 1) for name in ("num_beams", "num_return_sequences")
     )
-    cache.reorder_cache(row_of)
-    return cache
+    is_cached = setting("use_cache") is not False and "past_key_values" not in keywords
+    return not inputs and not has_own_cache and not is_expanded and is_cached

@@ -106,6 +106,59 @@ def test_a_prompt_is_computed_once_for_its_group():
     assert shared / alone == pytest.approx(39 / 256, rel=0.15)
 
 
+def real_rows(output, contexts):
+    """Each row's context and what was sampled after it, without padding on the left."""
+    width = max(map(len, contexts))
+    return [row[width - len(c) :] for row, c in zip(output.tolist(), contexts, strict=True)]
+
+
+def next_contexts(rows):
+    """Of the turn after: longer by a different number of tokens each, one row gone, one new.
+
+    The last of them is cut within what was sampled, as an action over its budget is.
+    """
+    first, second, third, _, fifth, *_, last = rows
+    return [[*third, 20, 21], [*first, 22], [30, 31, 32, 33], second, [*fifth, *C], last[:5]]
+
+
+@pytest.mark.parametrize("settings", [{"eos_token_id": 9}, {"do_sample": False}])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_turns_go_on_from_the_caches_of_the_turn_before(name, settings):
+    model = build(name)
+    expected = [sampled(model, **settings)]
+    contexts = [CONTEXTS]
+    for _ in range(2):
+        contexts.append(next_contexts(real_rows(expected[-1], contexts[-1])))
+        expected.append(sampled(model, contexts[-1], **settings))
+    with shared_prefill(model):
+        for turn, whole in zip(contexts, expected, strict=True):
+            # Inside a rollout the sampler opens its own, which must not end the caches.
+            with shared_prefill(model):
+                assert torch.equal(sampled(model, turn, **settings), whole)
+
+
+def test_a_turn_costs_its_new_tokens_alone():
+    model = build("llama")
+    with shared_prefill(model):
+        before = sampled(model, [A * 3, A * 2], max_new_tokens=4)
+        rows = real_rows(before, [A * 3, A * 2])
+        turn = [[*rows[0], *B], [*rows[1], *B]]
+        with FlopCounterMode(display=False) as shared:
+            after = sampled(model, turn, max_new_tokens=1)
+    with FlopCounterMode(display=False) as alone:
+        assert torch.equal(sampled(model, turn, max_new_tokens=1), after)
+    # The last sampled token and 3 of the answer in each row, instead of 31 columns.
+    assert shared.get_total_flops() / alone.get_total_flops() == pytest.approx(4 / 31, rel=0.2)
+
+
+@pytest.mark.parametrize("settings", [{"num_return_sequences": 2}, {"num_beams": 2}])
+def test_several_rows_a_context_are_left_to_generate(settings):
+    model = build("llama")
+    expected = sampled(model, [A, B], **settings)
+    with shared_prefill(model):
+        assert torch.equal(sampled(model, [A, B], **settings), expected)
+
+
 @pytest.mark.parametrize(
     "settings", [{"use_cache": False}, {"cache_implementation": "static", "max_new_tokens": 2}]
 )
