@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from composer_replication.cli.launching import MODAL_PREFIX
 from composer_replication.cli.verb import whole_number
 from composer_replication.errors import InputError
 
 if TYPE_CHECKING:
     from composer_replication.experiments.evaluation import EvaluationRequest
     from composer_replication.experiments.evaluation_data import EvaluationData
-
-_MODAL_PREFIX = "modal."
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +128,7 @@ def asked_evaluation(options: argparse.Namespace) -> AskedEvaluation:
         InputError: a value that cannot work, or two that exclude each other.
     """
     is_remote = options.on == "modal"
-    modal = tuple(e for e in options.set if is_remote and e.startswith(_MODAL_PREFIX))
+    modal = tuple(e for e in options.set if is_remote and e.startswith(MODAL_PREFIX))
     knobs = [each for each in options.set if each not in modal]
     if options.task is None:
         given = {"--episodes": options.episodes, "--set": knobs or None}

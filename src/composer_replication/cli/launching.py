@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _MODAL_NAMES = ("gpu", "budget", "yes", "dry_run", "detach", "hub_secret", "ledger")
 
 PLACES = ("local", "modal")
+MODAL_PREFIX = "modal."
+"""Of the overrides that set limits of `[modal]`."""
 
 ON = Option("--on", "WHERE", "local: in a process of its own; modal: on a rented card")
 

@@ -131,7 +131,7 @@ def finish(
     Ledger(Path(record.ledger)).settle(record.job_id, "all", record.cost_usd)
     record.status = "failed"
     save_record(RUNS_FOLDER, record)
-    num_files = modal_job.fetch_run(record.job_id, folder)
+    num_files = bring_home(record)
     told = _ENDINGS.get(cast("str", result["ending"]))
     problem = None if told is None else told.format(job_id=record.job_id)
     source = "Modal's bill" if billed_usd is not None else "held seconds x prices"
@@ -161,6 +161,21 @@ def finish(
         return summary.to_json(), EXIT_FAILED
     exit_code = cast("int", result["exit_code"])
     return summary.to_json(), exit_code if exit_code > 0 else EXIT_CODES[summary.status]
+
+
+def bring_home(record: "LaunchRecord") -> int:
+    """The committed run directory of a job, as if it had run here; returns how many files it has.
+
+    Raises:
+        InputError: nothing is committed yet.
+    """
+    from composer_replication.launch import modal_job
+    from composer_replication.launch.bundle import CONFIG_FILE, name_own_paths
+
+    folder = Path(record.folder)
+    num_files = modal_job.fetch_run(record.job_id, folder)
+    name_own_paths(folder / CONFIG_FILE, record.moved)
+    return num_files
 
 
 def settle_without_result(record: "LaunchRecord") -> None:

@@ -107,6 +107,7 @@ def send_to_modal(
         ledger=str(options.ledger or RUNS_FOLDER / ".jobs" / f"{job.job_id}.ledger"),
         hub_secret=options.hub_secret,
         region=config.modal.region,
+        moved=dict(packed.moved),
     )
     return carry_out_on_modal(job, spec, record, detaches=options.detach, say=say), folder
 

@@ -146,14 +146,16 @@ def modal_members(
                 files=packed.files,
                 deadline_s=time.time() + (limits.retries + 1) * (limits.timeout_s or 0.0),
             )
-            return _carry_out(job, folder, remote, ledger, bill, stops)
+            record = _record(job, folder, ledger, bill)
+            record.moved = dict(packed.moved)
+            return _carry_out(job, record, remote, ledger, bill, stops)
 
         yield start
 
 
 def _carry_out(
     job: "Job",
-    folder: Path,
+    record: "LaunchRecord",
     remote: "RemoteFunction",
     ledger: "Ledger",
     bill: SweepBill,
@@ -163,13 +165,12 @@ def _carry_out(
     from composer_replication.launch import modal_job
     from composer_replication.launch.records import save_record
 
-    record = _record(job, folder, ledger, bill)
     if record.call_id is None or record.status != "running":
         ledger.reserve(job.job_id, bill.candidate.worst_usd, cap_usd=bill.budget_usd)
         record.call_id = remote.spawn(job.to_payload())
         record.app_id, record.url, record.status = remote.app_id, remote.url, "running"
         save_record(RUNS_FOLDER, record, job)
-    folder.mkdir(parents=True, exist_ok=True)
+    Path(record.folder).mkdir(parents=True, exist_ok=True)
     while True:
         try:
             result = modal_job.wait_for(record.call_id, _POLL_S)

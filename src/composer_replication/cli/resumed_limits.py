@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from composer_replication.cli.launching import MODAL_PREFIX
 from composer_replication.errors import InputError
 
 if TYPE_CHECKING:
     from composer_replication.launch.job import Job
     from composer_replication.launch.records import LaunchRecord
-
-_PREFIX = "modal."
 
 
 def with_other_limits(job: "Job", record: "LaunchRecord", overrides: Sequence[str]) -> "Job":
@@ -29,7 +28,7 @@ def with_other_limits(job: "Job", record: "LaunchRecord", overrides: Sequence[st
     from composer_replication.planner.hardware import parse_gpu
 
     for override in overrides:
-        if not override.startswith(_PREFIX):
+        if not override.startswith(MODAL_PREFIX):
             raise InputError(
                 f"--set {override}: a job goes on as it was started; only the limits of [modal] "
                 "can change. Write for example --set modal.timeout_s=7200, or start a new run."

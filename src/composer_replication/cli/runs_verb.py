@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from composer_replication.cli.modal_calls import (
     ask,
+    bring_home,
     carry_out_on_modal,
     fetch_result,
     finish,
@@ -123,14 +124,10 @@ def _cancel(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
 
 
 def _fetch(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
-    from pathlib import Path
-
-    from composer_replication.launch import modal_job
-
     if record.where == "local":
         raise InputError(f"{record.job_id} ran on this machine: its files are in {record.folder}.")
     if record.status in ("cancelled", "failed") or record.call_id is None:
-        num_files = modal_job.fetch_run(record.job_id, Path(record.folder))
+        num_files = bring_home(record)
         _say(options, f"files   {num_files} in {record.folder}")
         return _as_json(record), 0
     return finish(record, fetch_result(record, timeout_s=1.0), lambda text: _say(options, text))

@@ -50,7 +50,7 @@ class SweepPlan:
     """
 
     members: "list[SweepMember]"
-    """As they were written."""
+    """Those still to be run, as they were written."""
     candidates: "dict[str, Candidate]"
     """By the name of the member; a model that the formulas do not know has none."""
     num_parallel: int
@@ -136,7 +136,11 @@ def plan_here(members: "list[SweepMember]", *, asked: int) -> SweepPlan:
 
 
 def show_sweep(
-    plan: SweepPlan, options: argparse.Namespace, function: Mapping[str, object] | None
+    plan: SweepPlan,
+    options: argparse.Namespace,
+    function: Mapping[str, object] | None,
+    *,
+    num_done: int,
 ) -> str:
     """The answer of `--dry-run`; without `--json` it is printed as a table, too.
 
@@ -144,12 +148,13 @@ def show_sweep(
         plan: of the sweep.
         options: `json`.
         function: that would be created, each member a call of it; None: none.
+        num_done: members that an earlier start has finished.
     """
     from composer_replication.planner.plan_json import candidate_answer
     from composer_replication.runs.json_text import to_json_text
 
     if not options.json:
-        _print_sweep(plan)
+        _print_sweep(plan, num_done)
         if function is not None:
             sys.stdout.write(to_json_text({"function": function}, indent=2) + "\n")
     candidates = plan.candidates
@@ -167,6 +172,7 @@ def show_sweep(
     ]
     payload = {
         "schema": SWEEP_PLAN_SCHEMA,
+        "num_done": num_done,
         "members": rows,
         "num_parallel": plan.num_parallel,
         "wall_s": _rounded(plan.wall_s, 2),
@@ -180,13 +186,14 @@ def show_sweep(
     return to_json_text(payload, indent=2)
 
 
-def _print_sweep(plan: SweepPlan) -> None:
+def _print_sweep(plan: SweepPlan, num_done: int) -> None:
     from composer_replication.planner.duration_text import duration
 
     where = "here" if plan.bill is None else f"on {plan.bill.candidate.place.label}"
     whole = "" if plan.wall_s is None else f", about {duration(plan.wall_s)} in all"
-    lines = [f"sweep   {len(plan.members)} members, {plan.num_parallel} at a time {where}{whole}"]
-    width = max(len(member.name) for member in plan.members)
+    to_run = f"{len(plan.members)} members" + (f" ({num_done} more are done)" if num_done else "")
+    lines = [f"sweep   {to_run}, {plan.num_parallel} at a time {where}{whole}"]
+    width = max((len(member.name) for member in plan.members), default=0)
     for number, member in enumerate(plan.starts(), start=1):
         candidate = plan.candidates.get(member.name)
         known = "" if candidate is None else duration(candidate.wall_s)

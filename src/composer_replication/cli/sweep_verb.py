@@ -13,7 +13,7 @@ from composer_replication.cli.modal_sweep import (
     sweep_function,
 )
 from composer_replication.cli.recorded_run import RUNS_FOLDER, carry_out_in_run
-from composer_replication.cli.sweep_plan import plan_here, show_sweep
+from composer_replication.cli.sweep_plan import SweepPlan, plan_here, show_sweep
 from composer_replication.cli.verb import (
     JSON,
     OUT,
@@ -48,6 +48,7 @@ exit codes: 0 every member passed, 1 one failed twice, 2 your input, 130 Ctrl-C"
 
 def _sweep(options: argparse.Namespace) -> Answer:
     from composer_replication.config.loading import load_config
+    from composer_replication.experiments.sweep import members_to_run
     from composer_replication.experiments.sweep_grid import sweep_members
 
     base = load_config(options.config, options.set)
@@ -60,18 +61,22 @@ def _sweep(options: argparse.Namespace) -> Answer:
         num_seeds=whole_number("--seeds", options.seeds, default=1),
     )
     is_remote = is_elsewhere(options, may_dry_run=True) and options.on == "modal"
+    folder, function = options.out or RUNS_FOLDER / base.name, None
+    waiting = members_to_run(members, folder) if options.resume else members
     asked = whole_number("--parallel", options.parallel, default=len(members) if is_remote else 1)
-    plan = (
-        plan_sweep_on_modal(options, members, asked=asked)
-        if is_remote
-        else plan_here(members, asked=asked)
-    )
+    plan = SweepPlan([], {}, 1)
+    if waiting:
+        plan = (
+            plan_sweep_on_modal(options, waiting, asked=asked)
+            if is_remote
+            else plan_here(waiting, asked=asked)
+        )
     bill, num_parallel = plan.bill, plan.num_parallel
     if options.dry_run:
-        folder, function = options.out or RUNS_FOLDER / base.name, None
         if bill is not None:
             function = sweep_function(options, bill, folder, num_parallel)[1].to_payload()
-        return show_sweep(plan, options, function), 0
+        num_done = len(members) - len(waiting)
+        return show_sweep(plan, options, function, num_done=num_done), 0
     if bill is not None:
         ask_for_sweep(options, bill)
     answers: list[str] = []

@@ -86,7 +86,7 @@ def run_sweep(
     for member in members:
         folders.config(member.name).parent.mkdir(exist_ok=True)
         write_text_atomically(folders.config(member.name), dump_config(member.config))
-    waiting = [m for m in members if not has_passed(folders.member(m.name))]
+    waiting = members_to_run(members, run.path)
     _say(
         console,
         f"sweep {len(members)} members, {len(members) - len(waiting)} done before, "
@@ -127,6 +127,12 @@ def run_sweep(
         page = sweep_page(report, f"Sweep {run.path.name}")
         write_text_atomically(run.path / PICTURE_FILE, page)
     return _finish(report, run, console)
+
+
+def members_to_run(members: Sequence[SweepMember], sweep_folder: Path) -> list[SweepMember]:
+    """Those that no earlier start of the sweep has finished."""
+    folders = SweepFolders(sweep_folder)
+    return [member for member in members if not has_passed(folders.member(member.name))]
 
 
 def local_member(sweep_folder: Path, num_parallel: int) -> StartMember:

@@ -2,12 +2,15 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import tomlkit
 
 from composer_replication.config.run_config import RunConfig
 from composer_replication.errors import ConfigError
 from composer_replication.launch.job import MAX_FILE_BYTES
+from composer_replication.runs.atomic_files import write_text_atomically
 from composer_replication.units import BYTES_PER_GIB
 
 CONFIG_FILE = "config.toml"
@@ -26,6 +29,8 @@ class Bundle:
 
     arguments: tuple[str, ...]
     files: dict[str, bytes]
+    moved: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Keys of the configuration that name a path of the working directory there -> their own."""
 
 
 def bundle(config_path: Path | None, overrides: Sequence[str], config: RunConfig) -> Bundle:
@@ -40,21 +45,37 @@ def bundle(config_path: Path | None, overrides: Sequence[str], config: RunConfig
         ConfigError: files that are missing, or too large to travel with the call.
     """
     files: dict[str, bytes] = {}
-    moved = list(overrides)
+    moved: dict[str, str] = {}
     if config_path is not None:
         files[CONFIG_FILE] = config_path.read_bytes()
     if config.data is not None:
         files |= packed_folder(Path(config.data).expanduser(), DATA_FOLDER, "data")
-        moved.append(f'data="{DATA_FOLDER}"')
+        moved["data"] = config.data
     if config.model is not None and Path(config.model).expanduser().is_dir():
         files |= packed_folder(Path(config.model).expanduser(), MODEL_FOLDER, "model")
-        moved.append(f'model="{MODEL_FOLDER}"')
+        moved["model"] = config.model
     for name in (config.rollout.environment, config.rollout.reward):
         files |= packed_module(name)
     refuse_too_much(files)
-    sets = [part for override in moved for part in ("--set", override)]
+    there = {"data": DATA_FOLDER, "model": MODEL_FOLDER}
+    changes = [*overrides, *(f'{key}="{there[key]}"' for key in moved)]
+    sets = [part for change in changes for part in ("--set", change)]
     named = [CONFIG_FILE] if config_path is not None else []
-    return Bundle((*named, *sets), files)
+    return Bundle((*named, *sets), files, moved)
+
+
+def name_own_paths(config_path: Path, moved: Mapping[str, str]) -> None:
+    """Give the configuration of a run that came home the paths that it has here.
+
+    Args:
+        config_path: of the run; a run that never began has none.
+        moved: of its `Bundle`.
+    """
+    if not moved or not config_path.exists():
+        return
+    document = tomlkit.parse(config_path.read_text(encoding="utf-8"))
+    document.update(moved)
+    write_text_atomically(config_path, tomlkit.dumps(document))
 
 
 def refuse_too_much(files: Mapping[str, bytes]) -> None:

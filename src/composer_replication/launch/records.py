@@ -69,6 +69,8 @@ class LaunchRecord(BaseModel):
     """Asked for; null: any."""
     hub_secret: str | None = None
     """Name of the secret that holds `HF_TOKEN`."""
+    moved: dict[str, str] = Field(default_factory=dict[str, str])
+    """Keys of the configuration whose path is another there, with the path here."""
 
 
 def save_record(runs: Path, record: LaunchRecord, job: Job | None = None) -> None:

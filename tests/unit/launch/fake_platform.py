@@ -71,15 +71,11 @@ class FakeModal(ContainerHost, api_grpc.ModalClientBase):
         )
         function_id = req.existing_function_id or f"fu-{single.function_name}"
         self.functions[function_id] = data
-        metadata = pb.FunctionHandleMetadata(
-            function_name=single.function_name,
-            function_type=single.function_type,
+        metadata = _handle(
+            single,
             definition_id="de-1",
             app_id=req.app_id,
-            supported_input_formats=single.supported_input_formats,
-            supported_output_formats=single.supported_output_formats,
             function_schema=single.function_schema,
-            max_object_size_bytes=2**21,
         )
         return pb.FunctionCreateResponse(
             function_id=function_id, function_data=data, handle_metadata=metadata
@@ -88,16 +84,9 @@ class FakeModal(ContainerHost, api_grpc.ModalClientBase):
     def on_FunctionBindParams(self, req):
         """A variant of the function, such as on another card."""
         self.variants.append(req.function_options)
-        definition = self.definition()
-        metadata = pb.FunctionHandleMetadata(
-            function_name=definition.function_name,
-            function_type=definition.function_type,
-            supported_input_formats=definition.supported_input_formats,
-            supported_output_formats=definition.supported_output_formats,
-            max_object_size_bytes=2**21,
-        )
         return pb.FunctionBindParamsResponse(
-            bound_function_id=f"{req.function_id}-{len(self.variants)}", handle_metadata=metadata
+            bound_function_id=f"{req.function_id}-{len(self.variants)}",
+            handle_metadata=_handle(self.definition()),
         )
 
     def on_SecretGetOrCreate(self, req):
@@ -220,3 +209,15 @@ class FakeModal(ContainerHost, api_grpc.ModalClientBase):
         for path in sorted(start.rglob("*")):
             kind = pb.FileEntry.DIRECTORY if path.is_dir() else pb.FileEntry.FILE
             yield pb.FileEntry(path=str(path.relative_to(top)), type=kind, size=path.stat().st_size)
+
+
+def _handle(definition, **others):
+    """What a function's answers say of it."""
+    return pb.FunctionHandleMetadata(
+        function_name=definition.function_name,
+        function_type=definition.function_type,
+        supported_input_formats=definition.supported_input_formats,
+        supported_output_formats=definition.supported_output_formats,
+        max_object_size_bytes=2**21,
+        **others,
+    )

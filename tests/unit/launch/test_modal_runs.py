@@ -34,6 +34,20 @@ def test_a_remote_run_leaves_the_run_directory_of_a_local_one(platform, workplac
     )
 
 
+def test_a_run_that_came_home_names_the_paths_of_this_machine_and_resumes_here(platform, workplace):
+    folder = workplace / "some data"
+    folder.mkdir()
+    (folder / "prompts.jsonl").write_text("{}\n")
+    options = ["--set", f'data="{folder}"']
+    assert cli("train", "base.toml", *options, "--out", "here").returncode == 0
+    assert cli(*TRAIN, *options, "--out", "there", "--yes", platform=platform).returncode == 0
+    texts = [(workplace / name / "config.toml").read_text() for name in ("here", "there")]
+    assert texts[0] == texts[1]
+    assert str(folder) in texts[1]
+    again = cli("train", "base.toml", *options, "--out", "there", "--resume")
+    assert again.returncode == 0, again.stderr
+
+
 def test_the_created_function_is_the_one_that_a_dry_run_prints(platform, workplace):
     options = ["--gpu", "H100!:2", "--hub-secret", "hub", "--set", "modal.retries=2"]
     asked = cli(*TRAIN, *options, "--dry-run", "--json")

@@ -155,6 +155,25 @@ def test_a_dry_run_on_modal_prices_the_whole_sweep_without_credentials(
     assert not (workplace / "runs").exists()
 
 
+def test_a_resumed_sweep_plans_and_prices_what_is_not_done(workplace, capsys):
+    assert main(COMMAND) == 0
+    capsys.readouterr()
+    remote = ["--on", "modal", "--gpu", "L4"]
+    resumed = [*COMMAND, "--resume", "--dry-run"]
+    assert main([*resumed, *remote, "--seeds", "3", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {row["seed"] for row in answer["members"]} == {1, 2}
+    assert (answer["num_done"], len(answer["members"])) == (2, 4)
+    assert answer["worst_usd"] == pytest.approx(4 * answer["plan"]["worst_usd"], abs=1e-3)
+    assert main([*resumed, "--seeds", "2"]) == 0
+    assert capsys.readouterr().out.startswith("sweep   2 members (2 more are done), 1 at a time")
+    assert main([*resumed, *remote]) == 0
+    assert capsys.readouterr().out.endswith("cost    0 USD\n")
+    # Nothing is left to be asked or sent, so that no credentials are needed.
+    assert main([*COMMAND, "--resume", *remote]) == 0
+    assert set(starts(workplace / "s").values()) == {1}
+
+
 def test_what_the_planner_does_not_know_runs_in_the_written_order(workplace, capsys):
     grid = ["sweep", "base.toml", "--grid", "grpo.max_steps=2,6", "--parallel", "2"]
     assert main([*grid, "--set", "grpo.optim=lion_32bit", "--dry-run", "--json"]) == 0
