@@ -16,7 +16,7 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
 from composer_replication.config.loading import dump_config
 from composer_replication.config.run_config import RunConfig
@@ -24,6 +24,7 @@ from composer_replication.environments.api_drift_rules import TOOL_KEYS, drift_f
 from composer_replication.environments.api_drift_tasks import task_from_seed
 from composer_replication.experiments.api_drift_data import pair_tools
 from composer_replication.experiments.evaluate import EvaluationResult, evaluate
+from composer_replication.experiments.evaluation_data import EvaluationData
 from composer_replication.experiments.evidence_arms import (
     ARMS,
     DPO,
@@ -36,6 +37,7 @@ from composer_replication.experiments.evidence_arms import (
     sampling_temperature,
 )
 from composer_replication.experiments.forgetting_probe import old_convention_rows, text_loss
+from composer_replication.experiments.heldout_evaluation import HeldoutEvaluation
 from composer_replication.experiments.hint_controls import (
     ControlledHintsTrainer,
     HintControl,
@@ -48,6 +50,7 @@ from composer_replication.experiments.run_data import DATA_SCHEMA
 from composer_replication.experiments.task_registry import task_rows
 from composer_replication.experiments.task_rows import TaskRows, write_manifest, write_split
 from composer_replication.experiments.trainer_setup import (
+    RunParts,
     build_trainer,
     device,
     device_label,
@@ -55,8 +58,9 @@ from composer_replication.experiments.trainer_setup import (
     prepare,
 )
 from composer_replication.runs.run_directory import RunDirectory
+from composer_replication.runs.step_rows import StepRow
 from composer_replication.traces.json_lines import Row
-from composer_replication.training.metrics import StepMetricsCallback, peak_gib
+from composer_replication.training.metrics import MetricsRow, StepMetricsCallback, peak_gib
 from composer_replication.training.model_source import LoadedModel
 from composer_replication.training.trainer import ComposerReplicationTrainer
 
@@ -88,24 +92,22 @@ def run_evidence(
         directory.write_config(dump_config(config))
         parts = prepare(config, directory, overrides={})
         loaded = load_run_model(parts, on_progress=say)
-        curve: list[Row] = []
+        metrics = StepMetricsCallback(
+            device(), directory.append_metrics, lambda row: say(_line(row))
+        )
+        points = HeldoutEvaluation(
+            EvaluationData(run.key, run.task, heldout.prompts, []),
+            loaded.tokenizer,
+            every_steps=settings.curve_every,
+            num_prompts=settings.num_curve,
+            write=directory.append_heldout,
+            say=say,
+            # The curve's start is the base arm's.
+            from_start=False,
+        )
         train_s = 0.0
         if arm.is_trained:
-            metrics = StepMetricsCallback(
-                device(), directory.append_metrics, lambda row: say(_line(row))
-            )
-            points = _Curve(loaded, run, heldout, settings, metrics, curve)
-            trainer_class = ControlledHintsTrainer if arm.control else ComposerReplicationTrainer
-            trainer = build_trainer(parts, loaded, [metrics, points], trainer_class=trainer_class)
-            if isinstance(trainer, ControlledHintsTrainer):
-                trainer.hint_control = _control(arm, train, run.seed)
-            without_printed_logs(trainer)
-            train_started_s = time.perf_counter()
-            trainer.train()
-            train_s = time.perf_counter() - train_started_s - points.spent_s
-            curve_tokens = points.generated_tokens
-        else:
-            curve_tokens = 0
+            train_s = _train(parts, loaded, metrics, points, _control(arm, train, run.seed))
         result = {
             "schema": RESULT_SCHEMA,
             **dataclasses.asdict(run),
@@ -113,9 +115,9 @@ def run_evidence(
             "model": loaded.label,
             "device": device_label(),
             "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
-            "steps": int(config.grpo.get("max_steps", 0)) if arm.is_trained else 0,  # pyright: ignore[reportArgumentType]
-            "generated_tokens": curve_tokens,
-            "curve": curve,
+            "steps": len(metrics.rows),
+            "generated_tokens": _num_sampled(metrics.rows),
+            "curve": _curve(directory.read_heldout(), metrics.rows),
             "pair_tools": heldout.facts.get("pair_tools", []),
             **_measured(loaded, run, heldout, sampling_temperature(settings)),
             "train_s": round(train_s, 1),
@@ -205,58 +207,55 @@ def _write_data(folder: Path, run: EvidenceRun, train: TaskRows) -> None:
     write_manifest(folder, {"schema": DATA_SCHEMA, "task": run.task, "seed": run.seed})
 
 
-def _control(arm: Arm, train: TaskRows, seed: int) -> HintControl:
+def _control(arm: Arm, train: TaskRows, seed: int) -> HintControl | None:
+    if arm.control is None:
+        return None
     if arm.control == "shuffled":
         return shuffled([site.hint for site in train.hint_sites], seed)
-    return {"wrong": wrong, "empty": empty}[str(arm.control)]
+    return {"wrong": wrong, "empty": empty}[arm.control]
 
 
-class _Curve(TrainerCallback):
-    """Success on the first held-out prompts every few steps; nothing is decided by it."""
+def _train(
+    parts: RunParts,
+    loaded: LoadedModel,
+    metrics: StepMetricsCallback,
+    points: HeldoutEvaluation,
+    control: HintControl | None,
+) -> float:
+    """Train to the end; returns the seconds, those of the evaluations left out."""
+    trainer_class = ComposerReplicationTrainer if control is None else ControlledHintsTrainer
+    trainer = build_trainer(parts, loaded, [points, metrics], trainer_class=trainer_class)
+    if control is not None:
+        assert isinstance(trainer, ControlledHintsTrainer)
+        trainer.hint_control = control
+    points.trainer = trainer
+    without_printed_logs(trainer)
+    started_s = time.perf_counter()
+    trainer.train()
+    return time.perf_counter() - started_s - trainer.clock.total_s["evaluate"]
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        run: EvidenceRun,
-        heldout: TaskRows,
-        settings: TaskSettings,
-        metrics: StepMetricsCallback,
-        points: list[Row],
-    ) -> None:
-        self._loaded, self._run, self._settings = loaded, run, settings
-        self._rows = heldout.prompts[: settings.num_curve]
-        self._metrics, self._points = metrics, points
-        self.spent_s = 0.0
 
-    @property
-    def generated_tokens(self) -> int:
-        """Sampled in rollouts so far."""
-        return sum(int(float(row["tokens/grpo"] or 0)) for row in self._metrics.rows)
-
-    def on_log(
-        self, args: object, state: object, control: object, logs: object = None, **kwargs: object
-    ) -> None:
-        """Play the first held-out prompts where a point of the curve is due."""
-        del args, state, control, kwargs
-        rows = self._metrics.rows
-        if not isinstance(logs, Mapping) or "loss" not in logs or len(rows) % self._every:
-            return
-        started_s = time.perf_counter()
-        result = _greedy(self._loaded, self._run.task, self._rows)
-        recent = rows[-self._every :]
-        self._points.append(
+def _curve(heldout: Sequence[StepRow], steps: Sequence[MetricsRow]) -> list[Row]:
+    """A point for each evaluation between steps: what had been sampled and earned until then."""
+    points: list[Row] = []
+    num_before = 0
+    for row in heldout:
+        done = cast(int, row["step"])
+        recent = steps[num_before:done]
+        points.append(
             {
-                "step": rows[-1]["step"],
-                "generated_tokens": self.generated_tokens,
-                "heldout_success": result.success.rate,
-                "train_reward": sum(float(row["reward"] or 0) for row in recent) / len(recent),
+                "step": done,
+                "generated_tokens": _num_sampled(steps[:done]),
+                "heldout_success": row["success"],
+                "train_reward": sum(float(r["reward"] or 0) for r in recent) / len(recent),
             }
         )
-        self.spent_s += time.perf_counter() - started_s
+        num_before = done
+    return points
 
-    @property
-    def _every(self) -> int:
-        return self._settings.curve_every
+
+def _num_sampled(steps: Sequence[MetricsRow]) -> int:
+    return sum(int(float(row["tokens/grpo"] or 0)) for row in steps)
 
 
 def _greedy(loaded: LoadedModel, task: str, rows: Sequence[Row]) -> EvaluationResult:

@@ -5,7 +5,6 @@ and, as `eval_reward` and `eval_success`, of the log that trackers and `guards.h
 read.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
@@ -23,6 +22,8 @@ from composer_replication.experiments.evaluate import evaluate
 from composer_replication.experiments.evaluation_data import EvaluationData
 from composer_replication.runs.step_rows import StepRow
 from composer_replication.runs.summary import HeldoutScores
+from composer_replication.training.metrics import StepClock
+from composer_replication.training.trainer import ComposerReplicationTrainer
 
 Say = Callable[[str], None]
 
@@ -43,6 +44,7 @@ class HeldoutEvaluation(TrainerCallback):
         write: Callable[[Mapping[str, object]], None],
         say: Say,
         earlier_rows: Sequence[StepRow] = (),
+        from_start: bool = True,
     ) -> None:
         """Keep what is played.
 
@@ -54,17 +56,17 @@ class HeldoutEvaluation(TrainerCallback):
             write: receives each row.
             say: receives a sentence about each.
             earlier_rows: of the run that is resumed; what they hold is not played again.
+            from_start: play before the first step as well.
         """
         self._data, self._tokenizer = data, tokenizer
         self._prompts = data.prompts[:num_prompts]
         self._every_steps = every_steps
         self._write, self._say = write, say
         self._earlier = {cast(int, row["step"]): row for row in earlier_rows}
-        self._last_step = -1
-        self.trainer: Trainer | None = None
-        """Whose log gets the figures."""
-        self.spent_s = 0.0
-        """Seconds that this process played."""
+        # Where it was played last.
+        self._last_step = -1 if from_start else 0
+        self.trainer: ComposerReplicationTrainer | None = None
+        """Whose log gets the figures, and whose clock the seconds as `evaluate`."""
 
     def on_step_begin(
         self,
@@ -108,7 +110,8 @@ class HeldoutEvaluation(TrainerCallback):
             Trainer.log(self.trainer, logs)
 
     def _row(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> StepRow:
-        started_s = time.perf_counter()
+        clock = StepClock(args.device) if self.trainer is None else self.trainer.clock
+        clock.start("evaluate")
         result = evaluate(
             model,
             self._tokenizer,
@@ -119,8 +122,7 @@ class HeldoutEvaluation(TrainerCallback):
             max_action_tokens=self._data.max_action_tokens,
             is_bf16=bool(args.bf16),
         )
-        seconds = time.perf_counter() - started_s
-        self.spent_s += seconds
+        seconds = clock.stop("evaluate")
         return {
             "step": state.global_step,
             "success": result.success.rate,

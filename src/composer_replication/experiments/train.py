@@ -97,7 +97,6 @@ def run_train(
             "load": load_s,
             **trainer.clock.total_s,
             "step": metrics.clock.total_s.get("step", 0.0),
-            **({"evaluate": heldout[0].spent_s} if heldout else {}),
             "save": time.perf_counter() - save_started_s,
         },
         executor=trainer.packing.label,

@@ -26,7 +26,6 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -44,6 +43,7 @@ from composer_replication.training.shape_models import (
     shape_config,
     shape_names,
 )
+from composer_replication.training.tokenizer_source import checked_tokenizer
 
 EMBEDDED_SPEC = "smollm2-135m"
 SHAPE_PREFIX = "shape:"
@@ -91,7 +91,7 @@ def load_model(
     """
     weight_dtype = torch.float32 if dtype is None else dtype
     files = _find(spec, on_progress)
-    tokenizer = _checked_tokenizer(spec, files, on_progress)
+    tokenizer = files.tokenizer(spec, on_progress)
     is_shape = spec.startswith(SHAPE_PREFIX)
     if is_shape:
         model = build_shape_model(
@@ -138,7 +138,7 @@ def model_facts(spec: str, on_progress: Callable[[str], None] | None = None) -> 
     files = _find(spec, on_progress)
     config = files.config.get_text_config()
     return ModelFacts(
-        tokenizer=_checked_tokenizer(spec, files, None),
+        tokenizer=files.tokenizer(spec),
         vocab_size=config.vocab_size,
         max_positions=getattr(config, "max_position_embeddings", None),
         config=files.config,
@@ -165,7 +165,7 @@ def check_model_spec(spec: str) -> None:
         shape_config(spec.removeprefix(SHAPE_PREFIX))
         check_embedded_model()
     else:
-        _checked_tokenizer(spec, _find(spec, None), None)
+        _find(spec, None).tokenizer(spec)
 
 
 def default_model_spec(device_type: str) -> tuple[str, str]:
@@ -237,6 +237,14 @@ class _ModelFiles:
     has_weights: bool
     """False where the weights are still to be fetched."""
     config: PreTrainedConfig
+
+    def tokenizer(
+        self, spec: str, on_progress: Callable[[str], None] | None = None
+    ) -> PreTrainedTokenizerBase:
+        """The checked tokenizer."""
+        return checked_tokenizer(
+            spec, self.location, self.config, is_local=self.is_local, on_progress=on_progress
+        )
 
 
 def _find(spec: str, on_progress: Callable[[str], None] | None) -> _ModelFiles:
@@ -357,43 +365,6 @@ def _causal_lm_config(spec: str, folder: Path) -> PreTrainedConfig:
             "load, so it has no next-token probabilities to train. Give a text generation model."
         )
     return config
-
-
-def _checked_tokenizer(
-    spec: str, files: _ModelFiles, on_progress: Callable[[str], None] | None
-) -> PreTrainedTokenizerBase:
-    """The spec's tokenizer, checked against the model's vocabulary, with a pad token."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(files.location, local_files_only=files.is_local)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{spec}: its tokenizer cannot be read ({error}). "
-            "Save the tokenizer next to the model with `tokenizer.save_pretrained`."
-        ) from error
-    if tokenizer.chat_template is None:
-        raise ModelError(
-            f"{spec}: its tokenizer has no chat template, so the turns of a trace cannot be "
-            "rendered (is it a base model?). Give the instruct version, or save a chat_template "
-            "with the tokenizer."
-        )
-    vocab_size = files.config.get_text_config().vocab_size
-    if len(tokenizer) > vocab_size:
-        raise ModelError(
-            f"{spec}: its tokenizer has {len(tokenizer)} tokens but the model's vocabulary is "
-            f"{vocab_size}, so the last tokens have no embedding. "
-            "Give the tokenizer that the model was trained with."
-        )
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ModelError(
-                f"{spec}: its tokenizer has neither a pad token nor an end token, so rows cannot "
-                "be padded and a completion cannot end. Set eos_token and save the tokenizer again."
-            )
-        # Padding is masked everywhere, and a new token would need a new embedding row.
-        tokenizer.pad_token = tokenizer.eos_token
-        if on_progress is not None:
-            on_progress(f"{spec} has no pad token; its end token {tokenizer.eos_token!r} pads.")
-    return tokenizer
 
 
 def _known_specs() -> str:

@@ -1,7 +1,7 @@
 """One packed forward a micro-batch, read by TRL's loss and by every channel of the step."""
 
 import logging
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from composer_replication.step.settings import StepSettings, TeacherContext
 from composer_replication.step.tree_forward import TreeOptions
 from composer_replication.training.composer_config import ComposerConfig
 from composer_replication.training.trl_hooks import GRPOTrainer
+from composer_replication.training.whole_groups import MicroBatches, PromptIds, WholeGroups
 
 ROLLOUTS = frozenset({"rollouts"})
 
@@ -48,6 +49,7 @@ class Packing:
         self._score: Executor = (
             partial(score_packed, options=options) if reason is None else score_separately
         )
+        self._groups = WholeGroups()
         self._held: _Held | None = None
 
     @classmethod
@@ -105,6 +107,24 @@ class Packing:
         if self._held is not None and needs <= self._held.needs:
             return self._held.scores
         return self._score(model, tensors, needs, settings, teacher)
+
+    def note_groups(
+        self, output: Mapping[str, Tensor], num_rows: int
+    ) -> list[frozenset[PromptIds]] | None:
+        """Before TRL splits a generation: the prompts of each of `whole_groups`' micro-batches.
+
+        Args:
+            output: this rank's rollouts, as they were sampled.
+            num_rows: of a micro-batch.
+
+        Returns:
+            None where nothing is packed, and TRL's own micro-batches stay.
+        """
+        return self._groups.note(output, num_rows) if self.is_on else None
+
+    def whole_groups(self, micro_batches: MicroBatches) -> MicroBatches:
+        """TRL's shuffled micro-batches with each noted group in one of them."""
+        return self._groups.regroup(micro_batches)
 
     @contextmanager
     def shared(

@@ -50,7 +50,6 @@ from composer_replication.training.step_diagnostics import StepDiagnostics
 from composer_replication.training.teacher import Teacher, TeacherCallback, make_teacher
 from composer_replication.training.trl_hooks import GRPOConfig, GRPOTrainer
 from composer_replication.training.whole_checkpoint import whole_checkpoint
-from composer_replication.training.whole_groups import WholeGroups
 
 Inputs = dict[str, Tensor]
 
@@ -112,7 +111,6 @@ class ComposerReplicationTrainer(GRPOTrainer):
         self.channel_weights = weights
         self.clock = StepClock(self.accelerator.device)
         self._plan: list[MicroBatch] = []
-        self._groups = WholeGroups()
         self._finished_passes = 0
         self._is_saving = False
         self._channel_totals: dict[str, float] = {}
@@ -194,14 +192,14 @@ class ComposerReplicationTrainer(GRPOTrainer):
         if self._is_training:
             sites = self._route(inputs, output)
             write_step_rollouts(self, inputs, output)
-            prompts = self._groups.note(output, self.args.per_device_train_batch_size)
+            prompts = self.packing.note_groups(output, self.args.per_device_train_batch_size)
             if self.planner is not None:
                 self._plan = self.planner.plan(
                     sites,
                     self.collator,
                     global_step=self.state.global_step,
                     resample=self._resample,
-                    prompts=prompts if self.packing.is_on else None,
+                    prompts=prompts,
                 )
         return output
 
@@ -211,7 +209,7 @@ class ComposerReplicationTrainer(GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         buffered = self._buffered_inputs
         if self.packing.is_on and buffered is not None and buffered is not generation:
-            whole = self._groups.regroup(buffered)
+            whole = self.packing.whole_groups(buffered)
             self._buffered_inputs = cast(list[Inputs] | None, whole)
             inputs = whole[self._step % len(whole)]
         if not self._plan or not self._is_training:
