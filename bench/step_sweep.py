@@ -27,7 +27,7 @@ CASES = {
     "one_state_good": "--prefix 1024 --repeats 1 --variants good ours --whole-step",
     "one_state_trl": "--prefix 1024 --repeats 1 --variants grpo_trl grpo_ours ours",
     "one_state_ema": "--prefix 1024 --repeats 1 --teacher ema --variants grpo_trl ours",
-    "large": "--prefix 2048 --rollouts 8 --variants naive ours --repeats 1",
+    "large": "--prefix 2048 --rollouts 8 --memory-gib 12 --variants naive ours --repeats 1",
     "trajectories": "--trajectories --prefix 256 --action 16 --hint 24 --variants naive good ours",
     "disjoint": "--disjoint --prefix 256 --action 32 --pairs 0 --repeats 7 --variants good ours",
     "bf16": "--precision bf16 --prefix 256 --action 32 --hint 24 --variants naive good ours",

@@ -23,8 +23,10 @@ from composer_replication.experiments.policy_sampling import (
     evaluating,
 )
 from composer_replication.experiments.proportions import Proportion, proportion
+from composer_replication.experiments.reward_judge import OneTurn, judge
 from composer_replication.planner.evaluation_shape import BATCH_SIZE
 from composer_replication.step.hidden_states import causal_lm
+from composer_replication.training.rewards import RewardFunction
 from composer_replication.training.rollout_episode import Episode, Limits
 from composer_replication.training.rollouts import EnvironmentRollouts, Prompt
 from composer_replication.training.shared_prefill import shared_prefill
@@ -47,7 +49,7 @@ class EpisodeOutcome:
     row: int
     """Index of the prompt."""
     reward: float | None
-    """None where the environment failed."""
+    """None where the environment failed, or the reward function gave none."""
     error_kinds: tuple[str, ...]
     """Of each action that the environment refused, in order."""
     num_actions: int
@@ -117,6 +119,7 @@ def evaluate(
     rows: Sequence[Mapping[str, object]],
     *,
     decoding: Decoding,
+    reward: RewardFunction | None = None,
     num_samples: int = 1,
     temperature: float = 1.0,
     max_turns: int = MAX_TURNS,
@@ -133,6 +136,7 @@ def evaluate(
         task: name of an environment: a shipped one, or `package.module:Class`.
         rows: `prompt` and what the environment's `reset` takes, with unique prompts.
         decoding: `greedy`, or `sampled` at `temperature`.
+        reward: judges episodes of one turn in place of an environment; see `find_judge`.
         num_samples: episodes of each row; greedy ones are all alike, so 1 is enough there.
         temperature: of sampled decoding.
         max_turns: actions that an episode may take.
@@ -143,9 +147,10 @@ def evaluate(
 
     Raises:
         DataError: a row that the environment refuses.
-        RewardError: an environment that fails in every episode.
+        RewardError: an environment that fails in every episode, or a reward function that fails.
     """
-    rollouts = EnvironmentRollouts(environment_class(task), rows, max_turns=max_turns)
+    environment = environment_class(task) if reward is None else OneTurn
+    rollouts = EnvironmentRollouts(environment, rows, max_turns=max_turns)
     sampler = PolicySampler(model, tokenizer, decoding, temperature, batch_size)
     limits = Limits(
         max_action_tokens=max_action_tokens,
@@ -154,9 +159,12 @@ def evaluate(
             causal_lm(model).config.get_text_config(), "max_position_embeddings", None
         ),
     )
-    prompts = [cast(Prompt, row["prompt"]) for row in rows for _ in range(num_samples)]
+    played = [row for row in rows for _ in range(num_samples)]
+    prompts = [cast(Prompt, row["prompt"]) for row in played]
     with evaluating(model, seed=seed, is_bf16=is_bf16), shared_prefill(model):
         episodes = rollouts.play(prompts, tokenizer, sampler, limits)
+    if reward is not None:
+        judge(reward, played, episodes)
     outcomes = [_outcome(episode, i // num_samples) for i, episode in enumerate(episodes)]
     return EvaluationResult(decoding, tuple(outcomes), num_samples)
 

@@ -228,6 +228,7 @@ def _play(
         data.task,
         rows,
         decoding=decoding,
+        reward=data.reward,
         max_turns=data.max_turns,
         max_action_tokens=data.max_action_tokens,
         **how,

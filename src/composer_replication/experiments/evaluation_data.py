@@ -15,9 +15,11 @@ from composer_replication.experiments.evaluate import MAX_ACTION_TOKENS, MAX_TUR
 from composer_replication.experiments.judge_checks import find_judge
 from composer_replication.experiments.run_data import load_run_data, shipped_data
 from composer_replication.experiments.task_registry import SPLITS, task_rows
+from composer_replication.planner.run_shape import count
 from composer_replication.runs.followed_run import FollowedRun
 from composer_replication.traces.json_lines import Row
 from composer_replication.traces.pairs import PreferencePair
+from composer_replication.training.rewards import RewardFunction
 
 HELDOUT_FOLDER = "heldout"
 REPORT_FILE = "evaluation.json"
@@ -33,12 +35,14 @@ class EvaluationData:
     label: str
     """Where the prompts come from."""
     task: str
-    """Name of the environment."""
+    """Name of the environment, or of the reward function."""
     prompts: list[Row]
     pairs: list[PreferencePair]
     max_turns: int = MAX_TURNS
     """Of an episode; a run's own limit where it brings the data."""
     max_action_tokens: int = MAX_ACTION_TOKENS
+    reward: RewardFunction | None = None
+    """Judges episodes of one turn; None: the environment does."""
 
     @property
     def sha256(self) -> str:
@@ -97,15 +101,21 @@ def folder_data(folder: Path | None, split: str, config: RunConfig | None = None
         if data.task is None:
             data = dataclasses.replace(data, task=source.task)
     settings = config or RunConfig()
-    if settings.rollout.reward is not None:
-        raise ConfigError(
-            f"The run is judged by the reward function {settings.rollout.reward}, and evaluate "
-            "plays environments. Give --task, or make the function an environment with one turn."
-        )
     # The fixed shapes of a smoke are the smoke's alone.
-    find_judge(settings.model_copy(update={"smoke": SmokeConfig()}), data)
+    _, reward = find_judge(settings.model_copy(update={"smoke": SmokeConfig()}), data)
+    label = f"{root}, {split}"
+    if reward is not None:
+        return EvaluationData(
+            label,
+            str(settings.rollout.reward),
+            data.prompts,
+            data.pairs,
+            max_turns=1,
+            max_action_tokens=count(settings, "max_completion_length"),
+            reward=reward,
+        )
     return EvaluationData(
-        f"{root}, {split}",
+        label,
         settings.rollout.environment or str(data.task),
         data.prompts,
         data.pairs,

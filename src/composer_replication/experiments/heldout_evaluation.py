@@ -118,6 +118,7 @@ class HeldoutEvaluation(TrainerCallback):
             self._data.task,
             self._prompts,
             decoding="greedy",
+            reward=self._data.reward,
             max_turns=self._data.max_turns,
             max_action_tokens=self._data.max_action_tokens,
             is_bf16=bool(args.bf16),

@@ -241,11 +241,14 @@ def _rollouts(config: RunConfig, case: StepCase, micro_batches: int) -> RolloutS
 
 def _evaluation(config: RunConfig, case: StepCase) -> RolloutShape:
     num_prompts = config.evaluation.prompts
+    sampled = config.rollout.max_turns * config.rollout.max_action_tokens
+    if config.rollout.reward is not None:
+        sampled = case.completion_tokens
     return RolloutShape(
         num_rows=num_prompts,
         num_contexts=num_prompts,
         prompt_tokens=case.prompt_tokens,
-        sampled_tokens=config.rollout.max_turns * config.rollout.max_action_tokens,
+        sampled_tokens=sampled,
         resampled_tokens=0,
         num_resampled=0,
     )
