@@ -46,6 +46,7 @@ ROWS = {
     "num_sites": 2, "state_tokens": 120, "hint_tokens": 24, "action_tokens": 20,
     "num_pairs": 2, "pair_state_tokens": 110, "pair_action_tokens": 18,
 }  # fmt: skip
+TURNS = {"num_prompts": 2, "num_sites": 4, "num_rollout_sites": 4, "state_tokens": 100}
 LONG = ROWS | {"num_rollouts": 2, "prompt_tokens": 120, "completion_tokens": 40}
 
 QWEN2, LLAMA, QWEN3 = RANDOM_SHAPES
@@ -65,6 +66,7 @@ MEASURED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     (QWEN3, LONG, {"weights_dtype": "bfloat16", "optimizer": "adafactor"}),
     (QWEN3, ROWS, {"num_pairs": 0, "teacher": "live", "checkpoints": True, "autocasts": True}),
     (QWEN2, LONG, {"num_sites": 0, "lora_r": 8, "checkpoints": True} | PACKED),
+    (EMBEDDED, ROWS | TURNS, {"teacher": "frozen"} | PACKED),
 ]
 
 

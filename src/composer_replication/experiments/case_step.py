@@ -54,7 +54,7 @@ def case_tensors(case: StepCase) -> StepTensors:
             "advantages": torch.linspace(-1.0, 1.0, case.num_rollouts),
         }
     if case.num_sites:
-        tensors |= _site_tensors(case, ids)
+        tensors |= _site_tensors(case, ids, tensors)
     if case.num_pairs:
         states = ids(case.num_pairs, case.pair_state_tokens)
         for side in ("chosen", "rejected"):
@@ -69,12 +69,16 @@ def case_tensors(case: StepCase) -> StepTensors:
     return tensors
 
 
-def _site_tensors(case: StepCase, ids: Callable[[int, int], Tensor]) -> StepTensors:
-    states, actions = (
-        ids(case.num_sites, case.state_tokens),
-        ids(case.num_sites, case.action_tokens),
-    )
-    student = torch.cat([states, actions], dim=1)
+def _site_tensors(
+    case: StepCase, ids: Callable[[int, int], Tensor], rollouts: StepTensors
+) -> StepTensors:
+    num_tokens = case.state_tokens + case.action_tokens
+    student = ids(case.num_sites, num_tokens)
+    if case.num_rollout_sites:
+        rows = torch.cat([rollouts["prompt_ids"], rollouts["completion_ids"]], dim=1)
+        spread = torch.arange(case.num_rollout_sites) * case.num_rollouts // case.num_rollout_sites
+        student[: case.num_rollout_sites] = rows[spread, :num_tokens]
+    states, actions = student.split([case.state_tokens, case.action_tokens], dim=1)
     teacher = torch.cat([states, ids(case.num_sites, case.hint_tokens), actions], dim=1)
     mask = torch.zeros_like(student).bool()
     mask[:, case.state_tokens :] = True

@@ -48,7 +48,8 @@ def _tree_forward(case: StepCase) -> Forward:
     """One forward of the tree: each shared prefix once."""
     prompts = case.num_prompts if case.num_rollouts else 0
     tokens = prompts * case.prompt_tokens + case.num_rollouts * case.completion_tokens
-    tokens += case.num_sites * (case.state_tokens + case.action_tokens)
+    num_given = case.num_sites - case.num_rollout_sites
+    tokens += num_given * (case.state_tokens + case.action_tokens)
     tokens += case.num_pairs * (case.pair_state_tokens + 2 * case.pair_action_tokens)
     teacher_rows = case.num_sites * (case.hint_tokens + case.action_tokens)
     teacher_tokens = 0
@@ -56,6 +57,8 @@ def _tree_forward(case: StepCase) -> Forward:
         tokens += teacher_rows
     else:
         teacher_tokens = case.num_sites * case.state_tokens + teacher_rows
+        num_repeated = case.num_rollout_sites - min(prompts, case.num_rollout_sites)
+        teacher_tokens -= num_repeated * case.prompt_tokens
     parts = (
         (case.num_rollouts * case.completion_tokens, False),
         (case.num_sites * case.action_tokens, True),

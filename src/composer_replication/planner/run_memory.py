@@ -97,7 +97,9 @@ def _cases(shape: RunShape) -> list[StepCase]:
 
 def _without_sites(case: StepCase) -> StepCase:
     """The teacher stays in memory when its channel rests: one site without tokens keeps it."""
-    return replace(case, num_sites=1, state_tokens=1, hint_tokens=0, action_tokens=1)
+    return replace(
+        case, num_sites=1, num_rollout_sites=0, state_tokens=1, hint_tokens=0, action_tokens=1
+    )
 
 
 def _of_case(shape: RunShape, case: StepCase, estimate: MemoryEstimate) -> RunMemory:

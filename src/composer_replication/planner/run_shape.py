@@ -203,14 +203,19 @@ def _with_rows(case: StepCase, config: RunConfig, data: DataShape, verb: RunVerb
             pair_context = limit if is_smoke else min(pair_context, limit)
     action, hint = min(action, context // 2), min(hint, context // 4)
     pair_action = min(pair_action, pair_context // 2)
+    state, prompt = max(context - hint - action, 1), max(row - completion, 1)
+    # Recorded sites fill what error turns leave, and share nothing with the rollouts.
+    has_recorded = data.hint_sites.longest_state > 0
+    are_turns = shape is None and not has_recorded and prompt <= state <= row - action
     return replace(
         case,
         num_rollouts=rows,
         num_prompts=math.ceil(rows / count(config, "num_generations")),
-        prompt_tokens=max(row - completion, 1),
+        prompt_tokens=prompt,
         completion_tokens=completion,
         num_sites=sites,
-        state_tokens=max(context - hint - action, 1),
+        num_rollout_sites=sites if are_turns else 0,
+        state_tokens=state,
         hint_tokens=hint,
         action_tokens=max(action, 1),
         num_pairs=pairs,

@@ -24,6 +24,9 @@ class StepCase:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     num_sites: int = 0
+    num_rollout_sites: int = 0
+    """Of them, turns of the micro-batch's own rollouts: a tree has their state and action already,
+    and their teacher's has each prompt once. Their state is at least a prompt."""
     state_tokens: int = 0
     """Of a hint site; the student's row is state and action, the teacher's has the hint too."""
     hint_tokens: int = 0

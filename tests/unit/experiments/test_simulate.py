@@ -4,12 +4,15 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from composer_replication.cli.entry import main
 from composer_replication.errors import ConfigError, ModelError
-from composer_replication.experiments.case_step import case_policy
+from composer_replication.experiments.case_step import case_policy, case_tensors
 from composer_replication.experiments.simulate import measure, simulate
+from composer_replication.planner.forwards import forwards_of
 from composer_replication.planner.step_case import StepCase
+from composer_replication.step.trie import num_unique_tokens
 from composer_replication.units import gib
 
 LAYERS = 4
@@ -28,6 +31,7 @@ ROWS = {
     "num_sites": 2, "state_tokens": 50, "hint_tokens": 9, "action_tokens": 12,
     "num_pairs": 2, "pair_state_tokens": 45, "pair_action_tokens": 11,
 }  # fmt: skip
+TURNS = {"num_prompts": 2, "num_sites": 3, "num_rollout_sites": 3}
 BF16_LORA = {"lora_r": 4, "weights_dtype": "bfloat16", "autocasts": True}
 
 
@@ -42,6 +46,7 @@ BF16_LORA = {"lora_r": 4, "weights_dtype": "bfloat16", "autocasts": True}
         (GEMMA3, {"teacher": "live"}),
         (QWEN2, {"teacher": "live", "executor": "packed"}),
         (LLAMA, {"autocasts": True, "checkpoints": True, "executor": "packed"}),
+        (QWEN2, {"teacher": "frozen", "executor": "packed", **TURNS}),
     ],
 )  # fmt: skip
 def test_two_shallow_fakes_give_what_the_deep_step_holds(model, options):
@@ -54,6 +59,30 @@ def test_two_shallow_fakes_give_what_the_deep_step_holds(model, options):
         assert simulated.phases_gib[phase] == pytest.approx(peak_gib, rel=0.03), phase
     for part, held_gib in real.persistent_gib.items():
         assert simulated.persistent_gib[part] == pytest.approx(held_gib, rel=1e-3), part
+
+
+@pytest.mark.parametrize("teacher", ["live", "frozen"])
+@pytest.mark.parametrize("turns", [{}, TURNS, TURNS | {"num_sites": 5}, {"num_rollouts": 0}])
+def test_the_counted_tokens_are_the_rows_of_the_trees(turns, teacher):
+    case = StepCase(QWEN2, teacher=teacher, executor="packed", **(ROWS | turns))
+    tensors = case_tensors(case)
+    rows = [row for name in ("input_ids", "dpo_chosen_input_ids", "dpo_rejected_input_ids")
+            for row in tensors[name]]  # fmt: skip
+    if case.num_rollouts:
+        rows += list(torch.cat([tensors["prompt_ids"], tensors["completion_ids"]], 1))
+    hinted = list(tensors["ctx_teacher_input_ids"])
+    (forward,) = forwards_of(case)
+
+    def num_unique(sequences):
+        return num_unique_tokens([sequence.numpy() for sequence in sequences])
+
+    # Drawn ids meet by chance: a branch may share a token or two more than it was given.
+    if teacher == "live":
+        assert num_unique(rows + hinted) == pytest.approx(forward.num_tokens, abs=3)
+        assert forward.num_teacher_tokens == 0
+    else:
+        assert num_unique(rows) == pytest.approx(forward.num_tokens, abs=3)
+        assert num_unique(hinted) == pytest.approx(forward.num_teacher_tokens, abs=3)
 
 
 def test_an_architecture_whose_layers_do_not_repeat_is_refused():
