@@ -63,7 +63,7 @@ LIMITS = """## What this can and cannot show
 - Tasks are procedural and short: four to eight tools, calls of some 25 tokens, one or two turns.
   They say nothing about long episodes or about code. With all eight tools of task A the same
   method had learned a fifth of the held-out calls after 8 steps and no more after 12
-  (docs/log.md): four is what 24 steps teach.
+  (docs/log.md): four is what a run of this length teaches.
 - GRPO's groups are of two rollouts, so that a step of 10 has a prompt of each tool. Larger groups
   would not help it here while no rollout is right; they would where some are.
 - The hints are written by the environment, which knows the rule. A weaker source of hints would
@@ -83,7 +83,13 @@ def page(results: Path) -> str:
         own = [cell for cell in cells if cell.task == task and cell.drift == 0]
         lines += [f"## {title}", "", _settings(task), ""]
         if own:
-            lines += [*table(own), "", f"![held-out success]({plot_name(task)})", ""]
+            lines += [
+                *table(own),
+                "",
+                *_train_seconds(own),
+                f"![held-out success]({plot_name(task)})",
+                "",
+            ]
         for drift in sorted({c.drift for c in cells if c.task == task and c.drift}):
             other = [cell for cell in cells if cell.task == task and cell.drift == drift]
             lines += [f"Drift {drift}:", "", *table(other), ""]
@@ -173,6 +179,21 @@ def _settings(task: str) -> str:
         + _tools_sentence(settings.num_tools)
         + _old_convention_sentence(settings.old_convention_every)
     )
+
+
+def _train_seconds(cells: list[Cell]) -> list[str]:
+    """How long training takes; runs on one thread shared the machine with others."""
+    seconds = [
+        result["train_s"]
+        for cell in cells
+        for result in cell.results
+        if result["device"] == "2-thread CPU" and result["steps"]
+    ]
+    if not seconds:
+        return []
+    runs = "1 run that had" if len(seconds) == 1 else f"{len(seconds)} runs that had"
+    text = f"Training took at most {max(seconds):.0f} s on a 2-core CPU ({runs} it alone)."
+    return [text, ""]
 
 
 def _tools_sentence(num_tools: int | None) -> str:
