@@ -8,7 +8,13 @@ from composer_replication.experiments.evidence_arms import (
     NUM_SEEDS_MAIN,
     SETTINGS,
 )
-from composer_replication.experiments.evidence_report import Cell, load_cells, table, verdicts
+from composer_replication.experiments.evidence_report import (
+    Cell,
+    load_cells,
+    rule_table,
+    table,
+    verdicts,
+)
 from composer_replication.experiments.hint_controls import CONTROLS
 
 TITLES = {
@@ -60,6 +66,9 @@ LIMITS = """## What this can and cannot show
   at 8 % or fewer after training. Greedy figures are what a user of it would see.
 - A DPO pair's chosen side holds the answer, a hint does not. That is why pairs cover only every
   second rule: columns *rules with pairs* and *rules without* tell the channels apart.
+- Shuffled hints are those of other tools, so each rule is still shown, at another tool's turns.
+  What spreads from there to all tools is right for the rule's own: see the table by tool. Wrong
+  hints show no rule at all.
 - Tasks are procedural and short: four to eight tools, calls of some 25 tokens, one or two turns.
   They say nothing about long episodes or about code. With all eight tools of task A the same
   method had learned a fifth of the held-out calls after 8 steps and no more after 12
@@ -87,6 +96,7 @@ def page(results: Path) -> str:
                 *table(own),
                 "",
                 *_train_seconds(own),
+                *_by_tool(own),
                 f"![held-out success]({plot_name(task)})",
                 "",
             ]
@@ -194,6 +204,11 @@ def _train_seconds(cells: list[Cell]) -> list[str]:
     runs = "1 run that had" if len(seconds) == 1 else f"{len(seconds)} runs that had"
     text = f"Training took at most {max(seconds):.0f} s on a 2-core CPU ({runs} it alone)."
     return [text, ""]
+
+
+def _by_tool(cells: list[Cell]) -> list[str]:
+    rules = rule_table(cells)
+    return ["Greedy, by the tool of the prompt:", "", *rules, ""] if rules else []
 
 
 def _tools_sentence(num_tools: int | None) -> str:

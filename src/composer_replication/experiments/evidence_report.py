@@ -244,6 +244,24 @@ def _interval(rate: tuple[float, float, float]) -> str:
     return f"{rate[0]:.0%} ({rate[1]:.0%} to {rate[2]:.0%})"
 
 
+def rule_table(cells: Sequence[Cell]) -> list[str]:
+    """Lines of a Markdown table: greedy success on the prompts of each tool; none without tools.
+
+    Args:
+        cells: of one task and drift.
+    """
+    tools = list(dict.fromkeys(tool for cell in cells for r in cell.results for tool in r["tools"]))
+    if not any(tools):
+        return []
+    covered = cells[0].results[0]["pair_tools"]
+    head = ["arm", *(f"`{tool}`{' (pairs)' if tool in covered else ''}" for tool in tools)]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for cell in cells:
+        rates = [_percent(cell.rate(tools=[tool])[0]) for tool in tools]
+        lines.append(f"| {' | '.join([ARMS[cell.arm].title, *rates])} |")
+    return lines
+
+
 def _percent(rate: float) -> str:
     return "" if math.isnan(rate) else f"{rate:.0%}"
 

@@ -10,6 +10,7 @@ from composer_replication.experiments.evidence_report import (
     Cell,
     finished,
     load_cells,
+    rule_table,
     table,
     tokens_to_reach,
     verdicts,
@@ -140,3 +141,19 @@ def test_the_table_shows_seeds_intervals_covered_rules_and_the_change_from_the_b
         "| GRPO + SDPO | 1 | 50% (15% to 85%) | 50% (15% to 85%) | 0% | 100% | 25% | 2.50 (+0.50) "
         "| 4,000 |"
     )
+
+
+def test_success_is_told_by_tool_and_which_of_them_have_pairs():
+    lines = rule_table(
+        [
+            cell("grpo", result("grpo", (0, 0, 0, 0))),
+            cell("all", result(outcomes=(1, 0, 1, 1)), result(outcomes=(1, 0, 0, 0), seed=1)),
+        ]
+    )
+    assert lines == [
+        "| arm | `read` (pairs) | `list` |",
+        "| --- | --- | --- |",
+        "| GRPO | 0% | 0% |",
+        "| GRPO + SDPO + DPO | 75% | 25% |",
+    ]
+    assert rule_table([cell("all", result(task="call_format"))]) == []
