@@ -271,11 +271,11 @@ def test_data_without_a_heldout_split_is_refused(capsys, tmp_path):
     assert "saved no model and no checkpoint" in capsys.readouterr().err
 
 
-def test_a_run_that_a_function_judges_is_refused(capsys, tmp_path):
+def test_a_run_whose_reward_function_cannot_be_called_is_refused(capsys, tmp_path):
     write_task(tmp_path / "data", "call_format", num_episodes={"train": 2, "heldout": 1})
     run = tmp_path / "run"
     run.mkdir()
     config = RunConfig(data=str(tmp_path / "data"), rollout={"reward": "json:dumps"})
     (run / "config.toml").write_text(dump_config(config))
     assert evaluate(run) == 2
-    assert "evaluate plays environments" in " ".join(capsys.readouterr().err.split())
+    assert "which cannot be called" in " ".join(capsys.readouterr().err.split())

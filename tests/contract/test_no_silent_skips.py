@@ -124,7 +124,10 @@ def test_no_option_of_the_project_leaves_tests_out():
         "-rs", "--strict-markers", "--strict-config", options["addopts"].split()[-1]
     ]  # fmt: skip
     assert options["addopts"].split()[-1].startswith("--jaxtyping-packages=")
-    command = "\tHF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile\n"
+    command = (
+        "\tHF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile "
+        "--no-loadscope-reorder\n"
+    )
     assert command in (ROOT / "Makefile").read_text()
     assert (ROOT / ".ci" / "run").read_text().endswith("make check\nmake test\n")
 
