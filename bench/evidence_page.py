@@ -97,9 +97,9 @@ def page(results: Path) -> str:
                 "",
                 *_train_seconds(own),
                 *_by_tool(own),
-                f"![held-out success]({plot_name(task)})",
-                "",
             ]
+        if _have_curves(own):
+            lines += [f"![held-out success]({plot_name(task)})", ""]
         for drift in sorted({c.drift for c in cells if c.task == task and c.drift}):
             other = [cell for cell in cells if cell.task == task and cell.drift == drift]
             lines += [f"Drift {drift}:", "", *table(other), ""]
@@ -122,8 +122,12 @@ def write_page(results: Path, docs: Path) -> None:
     cells, _ = load_cells(results)
     for task in TITLES:
         own = [cell for cell in cells if cell.task == task and cell.drift == 0]
-        if own:
+        if _have_curves(own):
             plot(own, docs / plot_name(task))
+
+
+def _have_curves(cells: list[Cell]) -> bool:
+    return any(result["curve"] for cell in cells for result in cell.results)
 
 
 def plot(cells: list[Cell], path: Path) -> None:
