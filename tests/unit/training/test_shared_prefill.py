@@ -113,12 +113,15 @@ def real_rows(output, contexts):
 
 
 def next_contexts(rows):
-    """Of the turn after: longer by a different number of tokens each, one row gone, one new.
+    """Of the turn after: longer by a different number of tokens each, one row gone, two new.
 
-    The last of them is cut within what was sampled, as an action over its budget is.
+    One is cut within what was sampled, as an action over its budget is; the last differs from a row
+    in its first token alone.
     """
     first, second, third, _, fifth, *_, last = rows
-    return [[*third, 20, 21], [*first, 22], [30, 31, 32, 33], second, [*fifth, *C], last[:5]]
+    other_start = [40, *first[1:], 23]
+    new = [30, 31, 32, 33]
+    return [[*third, 20, 21], [*first, 22], new, second, [*fifth, *C], last[:5], other_start]
 
 
 @pytest.mark.parametrize("settings", [{"eos_token_id": 9}, {"do_sample": False}])
