@@ -92,12 +92,7 @@ def page(results: Path) -> str:
         own = [cell for cell in cells if cell.task == task and cell.drift == 0]
         lines += [f"## {title}", "", _settings(task), ""]
         if own:
-            lines += [
-                *table(own),
-                "",
-                *_train_seconds(own),
-                *_by_tool(own),
-            ]
+            lines += [*table(own), "", *_train_seconds(own), *_by_tool(own)]
         if _have_curves(own):
             lines += [f"![held-out success]({plot_name(task)})", ""]
         for drift in sorted({c.drift for c in cells if c.task == task and c.drift}):

@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
-from step_measure import PROCESS_ENV, Seconds, timed
+from step_measure import PROCESS_ENV, Seconds, machine_name, timed
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -31,6 +31,7 @@ from composer_replication.training.shared_prefill import shared_prefill
 
 Contexts = list[list[int]]
 NAMES = ("generate", "groups", "ours")
+SIZES = ("prompts", "rollouts", "prompt", "action", "answer", "turns", "repeats")
 
 
 def parse_args() -> argparse.Namespace:
@@ -121,7 +122,7 @@ def main() -> int:
     sizes = {name: getattr(args, name) for name in SIZES}
     report = {
         "command": " ".join(["python", "bench/rollout_turns.py", *sys.argv[1:]]),
-        "machine": f"{torch.get_num_threads()}-core CPU" if model.device.type == "cpu" else "CUDA",
+        "machine": machine_name(model.device),
         "model": args.model,
         "sizes": sizes,
         "rollout_s": wall,
@@ -130,9 +131,6 @@ def main() -> int:
     }
     print(json.dumps(report, indent=1) if args.json else as_text(report))
     return 0
-
-
-SIZES = ("prompts", "rollouts", "prompt", "action", "answer", "turns", "repeats")
 
 
 def as_text(report: dict[str, Any]) -> str:

@@ -57,8 +57,7 @@ def _tree_forward(case: StepCase) -> Forward:
         tokens += teacher_rows
     else:
         teacher_tokens = case.num_sites * case.state_tokens + teacher_rows
-        num_repeated = case.num_rollout_sites - min(prompts, case.num_rollout_sites)
-        teacher_tokens -= num_repeated * case.prompt_tokens
+        teacher_tokens -= max(case.num_rollout_sites - prompts, 0) * case.prompt_tokens
     parts = (
         (case.num_rollouts * case.completion_tokens, False),
         (case.num_sites * case.action_tokens, True),
