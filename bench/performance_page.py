@@ -40,8 +40,11 @@ def performance() -> str:
     }
     growth, memory = reports.pop("growth"), reports.pop("memory")
     precision = reports.pop("precision", None)
-    timed = list(reports.values())
+    on_gpu = [report for name, report in reports.items() if name.startswith("cuda_")]
+    timed = [report for name, report in reports.items() if not name.startswith("cuda_")]
     lines = [HEAD, *ratio_lines(timed), *memory_lines(timed), *whole_lines(timed)]
+    lines += gpu_lines(on_gpu)
+    lines += attention_lines(json.loads((RESULTS / "tree_attention.json").read_text()))
     lines += [*growth_lines(growth), *counted_memory_lines(memory), *equality_lines(timed)]
     lines += precision_lines(precision)
     lines += turn_lines(json.loads((RESULTS / "rollout_turns.json").read_text()))
@@ -105,6 +108,66 @@ def memory_lines(reports: list[dict[str, Any]]) -> list[str]:
     ]
     heads = ["workload", "step", "system", "tensors", "ours, system", "ours, tensors"]
     return table(before, heads, rows)
+
+
+def gpu_lines(reports: list[dict[str, Any]]) -> list[str]:
+    """Steps on CUDA, with the rates that they reach."""
+    rows = []
+    for report in reports:
+        peak_rate = report["matmul_flops_per_s"]
+        for step, seconds in report["step_s"].items():
+            max_rows = report["rows_per_forward"][step]
+            split = "" if max_rows is None else f" ({max_rows} rows in a forward)"
+            limit = report["flops"][step] / report["flops"]["ours"]
+            rate = report["flops_per_s"][step]
+            rows.append(
+                f"| {described(report)} | {step}{split} | {1e3 * seconds:.0f} | "
+                f"{report['ratios'].get(step, 1.0):.2f} | {limit:.2f} | {rate / 1e12:.0f} | "
+                f"{rate / peak_rate:.0%} | {report['peak_gib'][step]:.1f} | "
+                f"{report['loss_errors'][step]:.1e} | {report['whole_grad_errors'][step]:.1e} |"
+            )
+    machines = {f"{r['model']}, {r['machine']}, torch {r['torch']}" for r in reports}
+    before = [
+        "## On a GPU",
+        "",
+        f"{'; '.join(sorted(machines))}; bf16 autocast over fp32 weights, medians of",
+        f"{reports[0]['repeats']} rounds. *Of the card* is the share of a bf16 matrix product's",
+        f"rate there, {reports[0]['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s. Errors are against",
+        "separate forwards of the same precision, whose roundings the other steps share: of the",
+        "loss, and of all gradients as one vector.",
+    ]
+    heads = ["workload", "step", "ms", "over ours", "FLOPs allow", "TFLOP/s", "of the card"]
+    return table(before, [*heads, "peak GiB", "loss error", "gradient error"], rows)
+
+
+def attention_lines(report: dict[str, Any]) -> list[str]:
+    """One layer's attention over a tree on CUDA."""
+    sizes = report["sizes"]
+    names = {
+        "rows": "torch's flash attention on each sequence by itself",
+        "flex": "FlexAttention with the tree's block mask",
+        "ours": "ours: the tree's rectangles in a few launches of the flash kernel",
+    }
+    rows = [
+        f"| {names[name]} | {1e3 * report['layer_s'][name]:.2f} | {ratio:.2f} | "
+        f"{report['errors'][name]:.1e} |"
+        for name, ratio in report["ratios"].items()
+    ]
+    before = [
+        "## Attention of a tree on a GPU",
+        "",
+        f"{report['machine']}, torch {report['torch']}, by",
+        "`python bench/tree_attention.py --json`:",
+        f"forward and backward of one layer in bf16, {sizes['heads']} heads of "
+        f"{sizes['head_size']} over {sizes['kv_heads']}, a state of",
+        f"{sizes['prefix']} tokens, {sizes['rollouts']} actions of {sizes['action']} and more, "
+        f"{report['tree_rows']} rows in place of {report['sequence_tokens']}",
+        "tokens. Errors are against fp32. FlexAttention also needs its mask, "
+        f"{1e3 * report['flex_mask_s']:.0f} ms a step, and its",
+        f"compilation, {report['flex_compile_s']:.0f} s for each new number of rows, so it is not "
+        "used.",
+    ]
+    return table(before, ["attention", "ms", "over ours", "error"], rows)
 
 
 def growth_lines(growth: dict[str, Any]) -> list[str]:

@@ -1,12 +1,15 @@
-"""The memory that a plan states, three ways: by formula, simulated, and measured on this CPU.
+"""The memory that a plan states, three ways: by formula, simulated, and measured.
 
-    python bench/plan_memory.py measured     # real steps against their simulation
+    python bench/plan_memory.py measured     # real steps on this CPU against their simulation
     python bench/plan_memory.py grid         # formulas against the simulation, no real step
     python bench/plan_memory.py peer         # the steps that a peer's planner gave figures for
     python bench/plan_memory.py speed        # seconds of one simulation, imports included
+    python bench/plan_memory.py cuda         # real steps on this GPU, and whether they fit the plan
+    python bench/plan_memory.py cuda --simulate   # their simulation, later and without a GPU
 
 Each part is written to `bench/results/plan_memory_PART.json` and goes on where it was cut off:
-`--cpu-s 50` stops after 50 seconds. Formulas of the grid are always computed anew.
+`--cpu-s 50` stops after 50 seconds of the CPU; of `cuda`, `--seconds 50` after 50 on the clock.
+Formulas of the grid are always computed anew.
 """
 
 import argparse
@@ -20,7 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plan_memory_page import EMBEDDED, RANDOM_SHAPES, peer_settings, settings_of
+from plan_memory_cuda import simulate_part, write_part
+from plan_memory_page import (
+    EMBEDDED,
+    RANDOM_SHAPES,
+    peer_settings,
+    row_key,
+    settings_of,
+    stored_case,
+)
 from torch.profiler import ProfilerActivity, profile
 
 from composer_replication.experiments.case_step import (
@@ -195,26 +206,20 @@ def _allocator_peak_gib(case: StepCase) -> float:
     return gib(peak)
 
 
-def _settings(case: StepCase) -> dict[str, Any]:
-    """What of a case is not the default, its model aside."""
-    names = [name for name in StepCase.__dataclass_fields__ if name != "model"]
-    defaults = StepCase({})
-    found = {name: getattr(case, name) for name in names}
-    return {name: value for name, value in found.items() if value != getattr(defaults, name)}
-
-
-def _key(row: dict[str, Any]) -> str:
-    return json.dumps([row["model"], row["case"]], sort_keys=True)
-
-
 def main() -> None:
     """Write one part's results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["measured", "grid", "peer", "speed"])
+    parser.add_argument("part", choices=["measured", "grid", "peer", "speed", "cuda"])
     parser.add_argument("--cpu-s", type=float, default=float("inf"), help="stop after this")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="the same of cuda")
+    parser.add_argument("--simulate", action="store_true", help="of cuda: no step, only this")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     path = RESULTS / f"plan_memory_{options.part}.json"
+    if options.part == "cuda":
+        work = simulate_part if options.simulate else write_part
+        work(path, seconds=options.seconds)
+        return
     if options.part == "speed":
         path.write_text(json.dumps(simulation_seconds(), indent=1) + "\n", encoding="utf-8")
         return
@@ -224,12 +229,12 @@ def main() -> None:
     known: dict[str, dict[str, Any]] = {}
     if path.exists():
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        known = {_key(row): row for row in rows}
+        known = {row_key(row): row for row in rows}
     is_grid = options.part == "grid"
     make = grid_row if is_grid else measured_row
     for name, case in grid_cases() if is_grid else measured_cases():
-        row: dict[str, Any] = {"model": name, "case": _settings(case)}
-        key = _key(row)
+        row: dict[str, Any] = {"model": name, "case": stored_case(case)}
+        key = row_key(row)
         if key not in known and time.process_time() > options.cpu_s:
             continue
         if is_grid or key not in known:

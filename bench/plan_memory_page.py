@@ -6,6 +6,7 @@ from typing import Any
 
 from composer_replication.planner.memory import predict
 from composer_replication.planner.model_files import EMBEDDED_SPEC, model_settings
+from composer_replication.planner.run_memory import device_gib
 from composer_replication.planner.step_case import StepCase
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,6 +43,19 @@ def case_of(row: dict[str, Any]) -> StepCase:
     return StepCase(settings_of(row["model"]), **row["case"])
 
 
+def stored_case(case: StepCase) -> dict[str, Any]:
+    """What of a case is not the default, its model aside."""
+    names = [name for name in StepCase.__dataclass_fields__ if name != "model"]
+    defaults = StepCase({})
+    found = {name: getattr(case, name) for name in names}
+    return {name: value for name, value in found.items() if value != getattr(defaults, name)}
+
+
+def row_key(row: dict[str, Any]) -> str:
+    """The same for rows of the same step."""
+    return json.dumps([row["model"], row["case"]], sort_keys=True)
+
+
 def stored(part: str) -> list[dict[str, Any]]:
     """The rows of one part of bench/plan_memory.py."""
     path = RESULTS / f"plan_memory_{part}.json"
@@ -76,9 +90,93 @@ def memory_lines() -> list[str]:
         f"teacher, full and LoRA) the formulas are {min(errors):+.1%} to {max(errors):+.1%} off",
         "the simulation.",
         "",
+        *cuda_lines(RESULTS / "plan_memory_cuda.json"),
         *_peer_lines(),
         "",
     ]
+
+
+def cuda_lines(path: Path) -> list[str]:
+    """Steps on a GPU beside what a plan states for them; nothing before any was measured."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = [row for row in found["rows"] if row["allocated_gib"] is not None]
+    table = [
+        "| model | rows | what differs | planned, GiB | reserved | tensors | by formula "
+        "| simulated | ran within |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(_cuda_row(row) for row in rows),
+    ]
+    errors = [_formula_error(row) for row in rows]
+    over = [_planned_gib(row) / _used_gib(row) - 1 for row in rows]
+    num_failed = sum(row["error"] is not None for row in found["rows"])
+    return [
+        f"Steps on one {found['device']} (torch {found['torch']}). Their tensors are within",
+        f"{min(errors):+.1%} to {max(errors):+.1%} of the formulas. *Reserved* is what torch's "
+        "allocator took",
+        f"without a limit, CUDA's own share included; the planned total is {min(over):+.1%} to",
+        f"{max(over):+.1%} of it. Each step ran again with the allocator held to",
+        "less: the last column has the least that was tried and was enough."
+        + (f" An error ended {num_failed}." if num_failed else ""),
+        "",
+        *table,
+        "",
+    ]
+
+
+def _cuda_row(row: dict[str, Any]) -> str:
+    allocated = row["allocated_gib"]
+    simulated = row["simulated_gib"]
+    beside = "" if simulated is None else f"{simulated / allocated - 1:+.1%}"
+    differs = {name: value for name, value in row["case"].items() if name != "device_type"}
+    return (
+        f"| {row['model']} | {_rows(row['case'])} | {_options(differs)} "
+        f"| {_planned_gib(row):.1f} | {_used_gib(row):.1f} | {allocated:.1f} "
+        f"| {_formula_error(row):+.1%} | {beside} | {_least_total(row)} |"
+    )
+
+
+def planned_total_gib(case: StepCase) -> float:
+    """What a plan states for a run of this step: its tensors and the device's own share."""
+    tensors_gib = predict(case).peak_gib
+    return tensors_gib + sum(device_gib(case, tensors_gib).values())
+
+
+def _planned_gib(row: dict[str, Any]) -> float:
+    return planned_total_gib(case_of(row))
+
+
+def _used_gib(row: dict[str, Any]) -> float:
+    return row["reserved_gib"] + row["context_gib"]
+
+
+def _formula_error(row: dict[str, Any]) -> float:
+    return predict(case_of(row)).peak_gib / row["allocated_gib"] - 1
+
+
+def _rows(case: dict[str, Any]) -> str:
+    """Rollouts, hint sites and pairs by number and tokens."""
+    parts = [
+        ("num_rollouts", "prompt_tokens", "completion_tokens", "rollouts"),
+        ("num_sites", "state_tokens", "action_tokens", "sites"),
+        ("num_pairs", "pair_state_tokens", "pair_action_tokens", "pairs"),
+    ]
+    return ", ".join(
+        f"{case[number]} {name} of {case[state]} + {case[action]}"
+        for number, state, action, name in parts
+        if case.get(number)
+    )
+
+
+def _least_total(row: dict[str, Any]) -> str:
+    """The least total that was tried and was enough."""
+    shares = {"fits_planned": 1.0, "fits_93": 0.93, "fits_85": 0.85}
+    if row["fits_planned"] is None:
+        return "not tried"
+    enough = [share for name, share in shares.items() if row[name]]
+    held = row["planned_total_gib"]
+    return f"{enough[-1] * held:.1f}" if enough else f"more than {held:.1f}"
 
 
 def _peer_lines() -> list[str]:

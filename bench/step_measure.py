@@ -69,15 +69,15 @@ def peaks_of(run: Callable[[], object], device: torch.device, held: Iterable[Ten
         device: that it runs on.
         held: tensors that were there before; a view of one would count as new otherwise.
     """
-    # What stays is left out of later collections: walking all libraries takes a second each.
     gc.collect()
-    gc.freeze()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         peak = torch.cuda.max_memory_allocated(device)
         return Peaks((peak - before) / _GIB, peak / _GIB, (peak - before) / _GIB)
+    # What stays is left out of later collections: walking all libraries takes a second each.
+    gc.freeze()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before_gib = _status_gib("VmRSS")
@@ -93,7 +93,12 @@ def peaks_of(run: Callable[[], object], device: torch.device, held: Iterable[Ten
 def memory_limit(limit_gib: float, device: torch.device) -> Iterator[None]:
     """Allocations beyond the limit fail as out of memory, instead of the process being killed."""
     if device.type == "cuda":
-        yield
+        share = limit_gib / (torch.cuda.mem_get_info(device)[1] / _GIB)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
         return
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gib * _GIB), limits[1]))
@@ -111,11 +116,23 @@ def free_gib(device: torch.device) -> float:
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, width: int) -> float:
-    """The rate of a matrix product of the model's own size, the best of a few."""
-    rows = torch.randn(2048, width, device=device, dtype=dtype)
-    weight = torch.randn(4 * width, width, device=device, dtype=dtype)
-    best_s = min(timed(lambda: rows @ weight.t(), device).wall for _ in range(8))
-    return 2 * rows.numel() * weight.shape[0] / best_s
+    """The rate of a matrix product, the best of a few.
+
+    On a CPU it has the model's own size. On CUDA it fills the device, and several in a row are
+    timed, so that launching them costs nothing.
+    """
+    on_cuda = device.type == "cuda"
+    num_rows, width, num_out = (8192, 8192, 8192) if on_cuda else (2048, width, 4 * width)
+    num_products = 10 if on_cuda else 1
+    rows = torch.randn(num_rows, width, device=device, dtype=dtype)
+    weight = torch.randn(num_out, width, device=device, dtype=dtype)
+
+    def multiply() -> None:
+        for _ in range(num_products):
+            _ = rows @ weight.t()
+
+    best_s = min(timed(multiply, device).wall for _ in range(8))
+    return 2 * rows.numel() * num_out * num_products / best_s
 
 
 def machine_name(device: torch.device) -> str:

@@ -1,5 +1,6 @@
 """The package's own step under its executors, and the reference that every step must equal."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -92,7 +93,7 @@ class Reference:
     loss_scale: float
     """Sum of the absolute losses of all rows: what a loss error is relative to."""
     grads: dict[str, list[Tensor]]
-    """Of each parameter that trains, for each set of channels."""
+    """Of each parameter that trains, for each set of channels; on the CPU."""
 
 
 def reference_step(setting: Setting, workload: Workload, seed: int) -> Reference:
@@ -150,15 +151,31 @@ def gradients(setting: Setting, *, copy: bool) -> list[Tensor]:
         for p in setting.model.parameters()
         if p.requires_grad
     ]
-    return [grad.clone() for grad in grads] if copy else grads
+    # Copies do not crowd a device that a large model fills.
+    return [grad.to("cpu", copy=True) for grad in grads] if copy else grads
 
 
 def gradient_errors(grads: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
     """Of each parameter: the norm of the difference over the norm of what is expected."""
-    return [
-        float((grad - want).norm() / want.norm().clamp(min=torch.finfo(want.dtype).tiny))
-        for grad, want in zip(grads, expected, strict=True)
-    ]
+    norms = _difference_norms(grads, expected)
+    return [off / max(norm, torch.finfo(torch.float32).tiny) for off, norm in norms]
+
+
+def whole_gradient_error(grads: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The same of all parameters as one vector."""
+    off, norm = map(math.hypot, *_difference_norms(grads, expected))
+    return off / norm
+
+
+def _difference_norms(
+    grads: Sequence[Tensor], expected: Sequence[Tensor]
+) -> list[tuple[float, float]]:
+    """For each parameter the norms of the difference and of what is expected."""
+    norms: list[tuple[float, float]] = []
+    for grad, want in zip(grads, expected, strict=True):
+        want = want.to(grad.device)
+        norms.append((float((grad - want).norm()), float(want.norm())))
+    return norms
 
 
 def _single_rows(workload: Workload) -> Iterator[Workload]:

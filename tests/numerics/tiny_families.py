@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from composer_replication import HintSite, Message, PreferencePair, StepBatch
 from composer_replication.batch.batches import Rollout
+from composer_replication.training.model_source import own_attention
 
 SPECIALS = ("<pad>", "<end>", "<system>", "<user>", "<assistant>", "<tool>")
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz ./{}:,\"_\n0123456789AHR'"
@@ -111,7 +112,10 @@ def tiny_model(family, *, dtype=torch.float64, seed=0, **changes):
         torch.manual_seed(seed)
         # The grouped kernels of experts take no float64.
         experts = {"experts_implementation": "eager"} if family in MIXTURES else {}
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **experts)
+        attention = own_attention(config)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, **experts
+        )
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)

@@ -1,7 +1,7 @@
 """The step that a `StepCase` stands for: its rows, its model, teacher and optimizer.
 
-The same case runs on fake tensors (`simulate.py`) and on real ones (`bench/plan_memory.py`), so
-that what is compared is one step, not two descriptions of it.
+The same case runs on fake tensors (`simulate.py`) and on real ones, of a CPU or a GPU
+(`bench/plan_memory.py`), so that what is compared is one step, not two descriptions of it.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,6 +28,7 @@ from composer_replication.step.tree_forward import (
     GPU_HEAD_TILE_MIB,
     TreeOptions,
 )
+from composer_replication.training.model_source import own_attention
 from composer_replication.training.teacher import Teacher, make_teacher
 
 
@@ -102,13 +103,14 @@ class CaseStep:
 
         Args:
             case: what to build.
-            tensors: of `case_tensors`.
+            tensors: of `case_tensors`; those of a policy on a GPU are copied there.
             policy: of `case_policy`; weights on the meta device are made here.
         """
         self.case = case
-        self.tensors = tensors
         self.policy = policy
         materialize(policy)
+        device = next(policy.parameters()).device
+        self.tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.teacher: Teacher | None = None
         if case.num_sites:
             has_adapters = case.lora_r is not None
@@ -172,17 +174,19 @@ class CaseStep:
             self.teacher.update()
 
     def _autocast(self) -> AbstractContextManager[object]:
-        return _bf16_autocast() if self.case.autocasts else nullcontext()
+        return _bf16_autocast(self.policy) if self.case.autocasts else nullcontext()
 
 
-def case_policy(case: StepCase, *, device: Literal["cpu", "meta"]) -> nn.Module:
-    """The model of a case with random weights, wrapped as the trainer wraps it."""
+def case_policy(case: StepCase, *, device: Literal["cpu", "cuda", "meta"]) -> nn.Module:
+    """The model of a case with random weights, made on its device, as the trainer wraps it."""
     config = _config(case.model)
     dtype = getattr(torch, case.weights_dtype)
     with no_init_weights(), torch.device(device):
-        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        lm = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=own_attention(config)
+        )
     lm.tie_weights()
-    if device == "cpu":
+    if device != "meta":
         with torch.no_grad():
             for weight in lm.parameters():
                 weight.normal_(0.0, config.initializer_range)
@@ -192,7 +196,7 @@ def case_policy(case: StepCase, *, device: Literal["cpu", "meta"]) -> nn.Module:
 def wrapped_policy(case: StepCase, lm: PreTrainedModel) -> nn.Module:
     """A model with the adapter, checkpointing and autocast of a case."""
     if case.checkpoints:
-        lm.activation_checkpointing_enable()
+        _enable_checkpoints(lm)
     policy: nn.Module = lm
     if case.lora_r is not None:
         import peft
@@ -207,8 +211,16 @@ def wrapped_policy(case: StepCase, lm: PreTrainedModel) -> nn.Module:
             lm.enable_input_require_grads()
         policy = peft.get_peft_model(lm, adapter)
     if case.autocasts:
-        policy.forward = _autocasting(policy.forward)
+        policy.forward = _autocasting(policy)
     return policy
+
+
+def _enable_checkpoints(lm: PreTrainedModel) -> None:
+    # transformers before 5.23 has the old name alone, which warns since.
+    if hasattr(lm, "activation_checkpointing_enable"):
+        lm.activation_checkpointing_enable()
+    else:
+        lm.gradient_checkpointing_enable()
 
 
 def materialize(model: nn.Module) -> None:
@@ -226,22 +238,23 @@ def materialize(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _autocasting(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _autocasting(policy: nn.Module) -> Callable[..., Any]:
     """The cache of cast weights ends with each forward, as under accelerate."""
+    forward = policy.forward
 
     def cast_forward(*args: object, **keywords: object) -> object:
-        with _bf16_autocast():
+        with _bf16_autocast(policy):
             return forward(*args, **keywords)
 
     return cast_forward
 
 
-def _bf16_autocast() -> torch.autocast:
-    return torch.autocast("cpu", dtype=torch.bfloat16)
+def _bf16_autocast(policy: nn.Module) -> torch.autocast:
+    return torch.autocast(next(policy.parameters()).device.type, dtype=torch.bfloat16)
 
 
 def _executor(case: StepCase) -> Executor:
-    """The case's, with the tiles of its device: the tensors themselves are on a CPU."""
+    """The case's, with the tiles of its device: a simulation's own tensors are on a CPU."""
     if case.executor == "packed":
         tile_mib = CPU_HEAD_TILE_MIB if case.device_type == "cpu" else GPU_HEAD_TILE_MIB
         return partial(score_packed, options=TreeOptions(head_tile_mib=tile_mib))

@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -186,7 +185,12 @@ def run_config(run: EvidenceRun, settings: TaskSettings, data: str) -> RunConfig
     if arm.teacher is not None:
         changes["teacher"] = arm.teacher
     assert changes.keys() <= {SDPO, DPO, "teacher"}
-    values = {**settings.config, **changes, "name": run.key, "seed": run.seed, "data": data}
+    # One precision on every device, so that the table may be filled on several.
+    grpo = {**cast("Mapping[str, object]", settings.config["grpo"]), "bf16": False}
+    # A run that a guard would stop is a finding as well.
+    guards = {"heldout_evaluations": 0}
+    values = {**settings.config, "grpo": grpo, "guards": guards, **changes}
+    values |= {"name": run.key, "seed": run.seed, "data": data}
     return RunConfig.model_validate(values)
 
 
@@ -260,7 +264,7 @@ def _num_sampled(steps: Sequence[MetricsRow]) -> int:
 
 def _greedy(loaded: LoadedModel, task: str, rows: Sequence[Row]) -> EvaluationResult:
     model, tokenizer = _parts(loaded)
-    return evaluate(model, tokenizer, task, rows, decoding="greedy", is_bf16=_is_bf16())
+    return evaluate(model, tokenizer, task, rows, decoding="greedy")
 
 
 def _measured(loaded: LoadedModel, run: EvidenceRun, heldout: TaskRows, temperature: float) -> Row:
@@ -275,7 +279,6 @@ def _measured(loaded: LoadedModel, run: EvidenceRun, heldout: TaskRows, temperat
         decoding="sampled",
         temperature=temperature,
         seed=run.seed,
-        is_bf16=_is_bf16(),
     )
     old_rows = old_convention_rows(run.task, heldout.prompts[:24])
     old = _greedy(loaded, run.task, old_rows).success.rate if old_rows else None
@@ -284,7 +287,7 @@ def _measured(loaded: LoadedModel, run: EvidenceRun, heldout: TaskRows, temperat
         "sampled": _outcomes(sampled),
         "tools": [_tool(run.task, row) for row in heldout.prompts],
         "forgetting": {
-            "nats_per_token": text_loss(model, tokenizer, is_bf16=_is_bf16()).nats_per_token,
+            "nats_per_token": text_loss(model, tokenizer).nats_per_token,
             "old_convention": old,
         },
     }
@@ -307,10 +310,6 @@ def _tool(task: str, row: Row) -> str:
 
 def _parts(loaded: LoadedModel) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     return cast(nn.Module, loaded.model), loaded.tokenizer
-
-
-def _is_bf16() -> bool:
-    return device().type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def _line(row: Mapping[str, object]) -> str:

@@ -206,8 +206,12 @@ def composer_config(
         "rollouts_dir": str(run.rollouts_dir),
         "reference_cache_dir": str(reference_cache),
     }
+    values |= config.grpo | overrides
+    if device().type == "cuda" and values["bf16"]:
+        # What bf16 leaves in fp32, the output head, then multiplies on tensor cores too.
+        values.setdefault("tf32", True)
     try:
-        return ComposerConfig(**(values | config.grpo | overrides))  # pyright: ignore[reportArgumentType]
+        return ComposerConfig(**values)  # pyright: ignore[reportArgumentType]
     except (ValueError, TypeError) as error:
         raise as_config_error(error) from error
 
@@ -257,7 +261,9 @@ def _check_trl() -> None:
 
 def _device_defaults() -> dict[str, object]:
     if device().type == "cuda":
-        return {"bf16": torch.cuda.is_bf16_supported(), "gradient_checkpointing": False}
+        # Emulated on cards that lack it, bf16 is slower than fp32.
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return {"bf16": has_bf16, "gradient_checkpointing": False}
     return {
         # Without bf16 units a CPU emulates it, slower than fp32.
         "bf16": cpu_bf16_line(Path("/proc/cpuinfo")).is_ok is True,

@@ -131,8 +131,9 @@ class _HeadPass(torch.autograd.Function):
         ctx.head, ctx.logs, ctx.divergences, ctx.tile_rows = head, logs, divergences, tile_rows
         # An output that the loss does not use then brings None, not a tensor of zeros to process.
         ctx.set_materialize_grads(False)
-        values = () if divergences is None else (divergences.values,)
-        return *(part.logp for part in logs), *(part.entropy for part in logs), *values
+        scores = [part.take() for part in logs]
+        values = () if divergences is None else (divergences.take(),)
+        return *(logp for logp, _ in scores), *(entropy for _, entropy in scores), *values
 
     @staticmethod
     @once_differentiable  # pyright: ignore[reportUntypedFunctionDecorator]
@@ -194,6 +195,15 @@ class _LogProbs:
             self._row_entropy[self._rows.of(tile)] = log_total - mean
             self.entropy[entries] = self._entropy_of(tile)[position]
 
+    def take(self) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """The log-probs and entropies, which are no longer held here.
+
+        An output that its own node holds is never freed, nor is anything else that the node holds.
+        """
+        outputs = self.logp, self.entropy
+        del self.logp, self.entropy
+        return outputs
+
     def add_grad(
         self,
         tile: int,
@@ -248,6 +258,12 @@ class _Divergences:
         """Fill in what this tile's logits say."""
         self.values[self._entries.of(tile)], _ = self._compare(tile, logits, need_grad=False)
 
+    def take(self) -> Float[Tensor, " M"]:
+        """The divergences, which are no longer held here; see `_LogProbs.take`."""
+        values = self.values
+        del self.values
+        return values
+
     def add_grad(
         self,
         tile: int,
@@ -279,7 +295,8 @@ class _ByTile:
     def __init__(self, rows: Int[Tensor, " N"], edges: list[int]) -> None:
         self._sorted, self._order = rows.sort(stable=True)
         limits = torch.tensor(edges, device=rows.device)
-        self._bounds = [int(bound) for bound in torch.searchsorted(self._sorted, limits)]
+        bounds = torch.searchsorted(self._sorted, limits)
+        self._bounds: list[int] = bounds.tolist()  # pyright: ignore[reportUnknownMemberType]
         self._edges = edges
 
     def first(self, tile: int) -> int:

@@ -14,6 +14,8 @@ class Forward:
     is_divergence: bool = False
     num_teacher_tokens: int = 0
     """Of the teacher's forward that goes before it."""
+    row_tokens: int = 0
+    """Of each row that attends to itself alone; 0: a tree."""
     tree_parts: tuple[tuple[int, bool], ...] = ()
     """Of a tree: the scored rows of rollouts, hint sites, chosen and rejected actions in their
     order, and whether each is compared with a teacher."""
@@ -26,7 +28,8 @@ def forwards_of(case: StepCase) -> list[Forward]:
     found: list[Forward] = []
     if case.num_rollouts:
         row = case.prompt_tokens + case.completion_tokens
-        found.append(Forward(case.num_rollouts * row, case.num_rollouts * case.completion_tokens))
+        scored = case.num_rollouts * case.completion_tokens
+        found.append(Forward(case.num_rollouts * row, scored, row_tokens=row))
     if case.num_sites:
         row = case.state_tokens + case.action_tokens
         found.append(
@@ -35,11 +38,13 @@ def forwards_of(case: StepCase) -> list[Forward]:
                 case.num_sites * case.action_tokens,
                 is_divergence=True,
                 num_teacher_tokens=case.num_sites * (row + case.hint_tokens),
+                row_tokens=row,
             )
         )
     if case.num_pairs:
         row = case.pair_state_tokens + case.pair_action_tokens
-        pair = Forward(case.num_pairs * row, case.num_pairs * case.pair_action_tokens)
+        scored = case.num_pairs * case.pair_action_tokens
+        pair = Forward(case.num_pairs * row, scored, row_tokens=row)
         found += [pair, pair]
     return found
 
@@ -65,4 +70,4 @@ def _tree_forward(case: StepCase) -> Forward:
         (case.num_pairs * case.pair_action_tokens, False),
     )
     scored = sum(rows for rows, _ in parts)
-    return Forward(tokens, scored, case.num_sites > 0, teacher_tokens, parts)
+    return Forward(tokens, scored, case.num_sites > 0, teacher_tokens, tree_parts=parts)

@@ -57,6 +57,8 @@ class LayerMemory:
     """Kept once a forward: the last norm, cosines and sines."""
     output_per_token: int
     """The hidden states that leave the model."""
+    score_bytes: int
+    """Kept of each score of a row's attention, all heads; 0: a fused kernel keeps none."""
 
     @property
     def graph_copies(self) -> int:
@@ -74,6 +76,9 @@ def layer_memory(case: StepCase) -> LayerMemory:
         if is_adapter
         else _kept_by_weights(shape, precision)
     )
+    if _keeps_scores(case, shape):
+        # Keys and values are repeated for every query head.
+        kept += 2 * FP32 * (shape.q_dim - shape.kv_dim)
     copies = 0
     if case.autocasts:
         trained = (
@@ -94,6 +99,20 @@ def layer_memory(case: StepCase) -> LayerMemory:
         forward_per_token=3 * compute * inner + 3 * stream * hidden,
         ends_per_token=last_norm + 2 * stream * shape.head_dim,
         output_per_token=stream * hidden,
+        score_bytes=FP32 * shape.num_heads if _keeps_scores(case, shape) else 0,
+    )
+
+
+def _keeps_scores(case: StepCase, shape: ModelShape) -> bool:
+    """Whether attention is torch's plain one, which keeps a softmax of every row.
+
+    On CUDA no fused kernel takes grouped heads in fp32; a tree's own kernels keep none.
+    """
+    return (
+        case.device_type == "cuda"
+        and case.executor == "separate"
+        and Precision.of(case).compute == FP32
+        and shape.kv_dim < shape.q_dim
     )
 
 

@@ -2,7 +2,7 @@
 
 Terms that do not live together are never added. A step runs its forwards one after another and
 keeps their graphs until the backward, which takes them back in reverse: `_walk` follows it and
-notes the peak of each phase. Everything is tensors; what a device adds is in `device_margins.py`.
+notes the peak of each phase. Everything is tensors; what a device adds is in `run_memory.py`.
 """
 
 from collections.abc import Iterator
@@ -162,12 +162,14 @@ def _walk(case: StepCase, num_shards: int) -> Iterator[tuple[str, int]]:
 def graph_bytes(case: StepCase, shape: ModelShape, layer: LayerMemory, forward: Forward) -> int:
     """What a forward keeps for its backward."""
     tokens, layers = forward.num_tokens, shape.num_layers
-    per_layer = (
-        layer.input_per_token * tokens
-        if case.checkpoints
-        else layer.saved_per_token * tokens + layer.graph_copies
-    )
+    per_layer = layer.input_per_token * tokens if case.checkpoints else _layer_bytes(layer, forward)
     return layers * per_layer + layer.ends_per_token * tokens
+
+
+def _layer_bytes(layer: LayerMemory, forward: Forward) -> int:
+    """What the graph of one layer keeps."""
+    per_token = layer.saved_per_token + layer.score_bytes * forward.row_tokens
+    return per_token * forward.num_tokens + layer.graph_copies
 
 
 def _teacher_forward(
@@ -219,7 +221,7 @@ def _walk_back(
         new_head = grads.head // num_shards if head_waits else 0
         new_layers = grads.layers // num_shards if is_first and waits else 0
         graph, ends = graph_bytes(case, shape, layer, forward), layer.ends_per_token * tokens
-        again = layer.saved_per_token * tokens + layer.graph_copies if case.checkpoints else 0
+        again = _layer_bytes(layer, forward) if case.checkpoints else 0
         working = layer.working_per_token * tokens + grads.matrix + again
         stream = layer.output_per_token * tokens
         # The top: everything is kept, and the last norm or the last layer works.

@@ -14,11 +14,13 @@ from composer_replication.planner.run_shape import RolloutShape, RunShape
 from composer_replication.planner.step_case import StepCase
 from composer_replication.units import gib
 
-CUDA_CONTEXT_GIB = 0.6
-"""CUDA's context with torch's kernels and cuBLAS's workspace; 0.4 to 0.6 was seen by others."""
+CUDA_CONTEXT_GIB = 0.77
+"""CUDA's context with torch's kernels; an H100 with torch 2.11 had 0.74 to 0.76."""
 
-FRAGMENTATION = 0.05
-"""Of the tensors: blocks that the allocator holds and nothing uses."""
+FRAGMENTATION, MAX_FRAGMENTATION_GIB, FRAGMENTATION_BEYOND = 0.15, 2.3, 0.01
+"""Blocks that the allocator holds and nothing uses: a share of the tensors up to so many GiB, and
+another share of all of them. Steps on an H100 that took 7 to 70 GiB had 0.2 to 2.6 GiB of them, so
+that small steps have the larger share (`bench/plan_memory.py cuda`)."""
 
 LIBRARIES_GIB = 0.6
 """Python with torch and transformers imported, in a process on a CPU."""
@@ -84,7 +86,7 @@ def _sampling_memory(shape: RunShape) -> RunMemory:
         "weights": weights_gib(shape.case),
         "rollout_phase": gib(_rollout_bytes(shape.rollouts, shape.case, model)),
     }
-    return RunMemory(terms | _device_gib(shape.case, sum(terms.values())), "rollout")
+    return RunMemory(terms | device_gib(shape.case, sum(terms.values())), "rollout")
 
 
 def _cases(shape: RunShape) -> list[StepCase]:
@@ -117,13 +119,15 @@ def _of_case(shape: RunShape, case: StepCase, estimate: MemoryEstimate) -> RunMe
     phases["rollout"] = gib(_rollout_bytes(shape.rollouts, case, model))
     phase = max(phases, key=phases.__getitem__)
     terms = {**persistent, f"{phase}_phase": phases[phase]}
-    return RunMemory(terms | _device_gib(case, sum(terms.values())), phase)
+    return RunMemory(terms | device_gib(case, sum(terms.values())), phase)
 
 
-def _device_gib(case: StepCase, tensors_gib: float) -> dict[str, float]:
-    """The device's own share."""
+def device_gib(case: StepCase, tensors_gib: float) -> dict[str, float]:
+    """The device's own share beside tensors that take `tensors_gib` at their peak, by name."""
     if case.device_type == "cuda":
-        return {"context": CUDA_CONTEXT_GIB, "fragmentation": FRAGMENTATION * tensors_gib}
+        some = min(FRAGMENTATION * tensors_gib, MAX_FRAGMENTATION_GIB)
+        fragmentation = some + FRAGMENTATION_BEYOND * tensors_gib
+        return {"context": CUDA_CONTEXT_GIB, "fragmentation": fragmentation}
     return {"libraries": LIBRARIES_GIB}
 
 

@@ -16,6 +16,12 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from composer_replication.errors import ModelError
+from composer_replication.step.flash_rectangles import (
+    FlashAttention,
+    Launch,
+    has_flash,
+    launches_of,
+)
 from composer_replication.step.rectangle_kernels import Scoring
 from composer_replication.step.rectangles import Rectangle, RectangleAttention, rectangles_of
 from composer_replication.step.trie import PrefixTree
@@ -66,12 +72,18 @@ class RectangleKernel:
         self._tree = tree
         self._positions = tree.positions.to(device)
         self._plans: dict[int | None, list[Rectangle]] = {}
+        self._launches: list[Launch] = []
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """See `TreeKernel`."""
         plan = self._plans.get(scoring.window)
         if plan is None:
             plan = self._plans[scoring.window] = rectangles_of(self._tree, scoring.window)
+        if has_flash(query, value, scoring, plan):
+            self._launches = self._launches or launches_of(plan, query.device)
+            by_row = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+            output = FlashAttention.apply(*by_row, self._launches, scoring.scale)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+            return cast(Tensor, output).unsqueeze(0)
         num_kv, num_rows = key.shape[1:3]
         by_group = query[0].unflatten(0, (num_kv, -1))
         output = RectangleAttention.apply(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -72,7 +73,7 @@ def load_model(
     spec: str,
     *,
     dtype: torch.dtype | None = None,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     seed: int = 0,
     on_progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
@@ -81,7 +82,7 @@ def load_model(
     Args:
         spec: `smollm2-135m`, `shape:<name>`, a local directory or a hub id.
         dtype: of the weights; None means float32, the master weights that an optimizer needs.
-        attn_implementation: passed on to transformers.
+        attn_implementation: passed on to transformers; None: `own_attention`.
         seed: of the random weights of a `shape:` model; the others ignore it.
         on_progress: receives one sentence for each slow thing that is about to happen.
 
@@ -93,12 +94,13 @@ def load_model(
     files = _find(spec, on_progress)
     tokenizer = files.tokenizer(spec, on_progress)
     is_shape = spec.startswith(SHAPE_PREFIX)
+    attention = attn_implementation or own_attention(files.config)
     if is_shape:
         model = build_shape_model(
             spec.removeprefix(SHAPE_PREFIX),
             tokenizer,
             dtype=weight_dtype,
-            attn_implementation=attn_implementation,
+            attn_implementation=attention,
             seed=seed,
         )
     else:
@@ -107,11 +109,21 @@ def load_model(
             files.location,
             is_local=files.is_local,
             dtype=weight_dtype,
-            attn_implementation=attn_implementation,
+            attn_implementation=attention,
         )
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return LoadedModel(model, tokenizer, model_label(spec), is_shape, spec, files.has_weights)
+
+
+def own_attention(config: PreTrainedConfig) -> str:
+    """The attention to compute a model with: torch's own kernel where it computes all of it.
+
+    Soft-capped scores it does not: transformers refuses it for them, before 5.23 it forgot the cap.
+    """
+    model_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "eager" if is_capped or not model_class._supports_sdpa else "sdpa"
 
 
 @dataclass(frozen=True)

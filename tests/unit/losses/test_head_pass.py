@@ -1,5 +1,8 @@
 """One head pass against the separate ones, in value, gradient, precision and edge cases."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -133,6 +136,17 @@ def test_no_gradient_reaches_the_teacher():
     assert case.teacher_hidden.grad is None
     assert case.teacher_weight.grad is None
     assert case.hidden.grad is not None
+
+
+def test_a_pass_whose_scores_are_dropped_frees_what_it_held():
+    """A node that holds its own output is never freed: each step would keep its teacher's rows."""
+    case = Case()
+    case.teacher_hidden = case.teacher_hidden.detach().clone()
+    teacher = weakref.ref(case.teacher_hidden)
+    weighted_sum(ours(case, 4)).backward()
+    del case
+    gc.collect()
+    assert teacher() is None
 
 
 def test_rows_that_nobody_scores_get_no_gradient():

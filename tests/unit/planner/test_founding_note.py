@@ -22,10 +22,12 @@ def candidate(plan, where, name):
 
 def test_the_smoke_takes_the_notes_11_to_14_gb(note, planned, machine):
     chosen = planned(note, machine(), on="modal").chosen
-    assert 11 * GB <= chosen.memory.peak_gib <= 14 * GB
+    terms = chosen.memory.terms_gib
+    # The note knows no blocks that an allocator holds and nothing uses.
+    assert 11 * GB <= chosen.memory.peak_gib - terms["fragmentation"] <= 14 * GB
     # Its list: 1 GB of bf16 weights; moments of 8 bytes a parameter are 4 here, in bf16.
-    assert chosen.memory.terms_gib["weights"] == pytest.approx(1.0 * GB, rel=0.02)
-    assert chosen.memory.terms_gib["optimizer"] == pytest.approx(2.0 * GB, rel=0.02)
+    assert terms["weights"] == pytest.approx(1.0 * GB, rel=0.02)
+    assert terms["optimizer"] == pytest.approx(2.0 * GB, rel=0.02)
 
 
 def test_remote_the_smoke_goes_to_an_l4(note, planned, machine):

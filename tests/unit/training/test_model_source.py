@@ -15,7 +15,15 @@ import torch
 import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaForCausalLM, T5Config, ViTConfig
+from transformers import (
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    T5Config,
+    ViTConfig,
+)
 
 from composer_replication.errors import MissingDependencyError, ModelError
 from composer_replication.training import model_source
@@ -137,6 +145,17 @@ def test_dtype_and_attention_are_passed_on(tiny_model_dir: Path) -> None:
     assert loaded.model.dtype == torch.bfloat16
     assert loaded.model.config._attn_implementation == "eager"
     assert load_model(str(tiny_model_dir)).model.config._attn_implementation == "sdpa"
+
+
+def test_soft_capped_attention_is_not_left_to_a_kernel_without_caps(
+    tmp_path: Path, smollm2_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Gemma2Config(vocab_size=len(smollm2_tokenizer), **sizes, **heads)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    smollm2_tokenizer.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).model.config._attn_implementation == "eager"
 
 
 def test_the_embedded_model_says_that_it_is_embedded() -> None:
