@@ -1,7 +1,7 @@
 """Write docs/configuration.md from docstrings, and the pages of figures from bench results.
 
-Also the table of planted flaws in docs/checks.md and that of the founding note in docs/planner.md,
-each between its two marks.
+Also the table of planted flaws in docs/checks.md, that of the founding note in docs/planner.md and
+what README.md says was measured, each between its two marks.
 
 python bench/render_docs.py          # writes all; a test compares them with what this gives
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from flaw_mutants import ERROR, load_flaws
+from headline import headline_lines
 from performance_page import performance
 from plan_memory_page import memory_lines
 from pydantic import BaseModel
@@ -34,6 +35,8 @@ MEMORY_BEGIN = "<!-- memory: written by bench/render_docs.py -->"
 MEMORY_END = "<!-- memory: end -->"
 SHIPPED_BEGIN = "<!-- shipped: written by bench/render_docs.py -->"
 SHIPPED_END = "<!-- shipped: end -->"
+HEADLINE_BEGIN = "<!-- measured: written by bench/render_docs.py -->"
+HEADLINE_END = "<!-- measured: end -->"
 
 
 def section_class(field: FieldInfo) -> type[BaseModel] | None:
@@ -238,11 +241,21 @@ def flaw_row(row: dict) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def between(page: str, begin: str, lines: list[str], end: str) -> str:
+    """The page with these lines between its two marks."""
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    return before + "\n".join([begin, *lines, end]) + after
+
+
 def checks(page: str) -> str:
     """docs/checks.md with the table of flaws of the stored results."""
-    before, rest = page.split(FLAWS_BEGIN)
-    _, after = rest.split(FLAWS_END)
-    return before + "\n".join([FLAWS_BEGIN, *flaw_lines(), "", FLAWS_END]) + after
+    return between(page, FLAWS_BEGIN, [*flaw_lines(), ""], FLAWS_END)
+
+
+def readme(page: str) -> str:
+    """README.md with what was measured."""
+    return between(page, HEADLINE_BEGIN, headline_lines(), HEADLINE_END)
 
 
 def note_lines() -> list[str]:
@@ -294,9 +307,7 @@ def planner(page: str) -> str:
         (SHIPPED_BEGIN, shipped_lines(), SHIPPED_END),
         (MEMORY_BEGIN, memory_lines(), MEMORY_END),
     ):
-        before, rest = page.split(begin)
-        _, after = rest.split(end)
-        page = before + "\n".join([begin, *lines, end]) + after
+        page = between(page, begin, lines, end)
     return page
 
 
@@ -306,6 +317,8 @@ def main() -> None:
     page.write_text(planner(page.read_text()))
     page = ROOT / "docs" / "checks.md"
     page.write_text(checks(page.read_text()))
+    page = ROOT / "README.md"
+    page.write_text(readme(page.read_text()))
     (ROOT / "docs" / "configuration.md").write_text(configuration())
     (ROOT / "docs" / "measurements.md").write_text(measurements())
     (ROOT / "docs" / "performance.md").write_text(performance())

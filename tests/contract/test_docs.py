@@ -63,6 +63,11 @@ def test_the_table_of_planted_flaws_is_what_the_stored_results_say():
     assert page == render_docs.checks(page)
 
 
+def test_what_the_readme_says_was_measured_comes_from_stored_results():
+    page = (ROOT / "README.md").read_text()
+    assert page == render_docs.readme(page)
+
+
 def test_the_table_of_the_founding_note_is_what_the_planner_says():
     page = (ROOT / "docs/planner.md").read_text()
     assert page == render_docs.planner(page)

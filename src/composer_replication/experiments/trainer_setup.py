@@ -207,7 +207,7 @@ def composer_config(
         "reference_cache_dir": str(reference_cache),
     }
     values |= config.grpo | overrides
-    if device().type == "cuda" and values["bf16"]:
+    if device().type == "cuda" and values["bf16"] and torch.cuda.get_device_capability() >= (8, 0):
         # What bf16 leaves in fp32, the output head, then multiplies on tensor cores too.
         values.setdefault("tf32", True)
     try:
