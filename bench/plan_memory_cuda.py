@@ -133,6 +133,9 @@ def simulate_part(path: Path, *, seconds: float) -> None:
 def measured_on_cuda(case: StepCase, planned_gib: float) -> Iterator[dict[str, Any]]:
     """The figures of a step after a first one, then whether it fits in the planned total."""
     before_gib = gib(torch.cuda.memory_allocated())
+    is_half = case.autocasts or case.weights_dtype == "bfloat16"
+    # As runs in bf16 have it; the rows of November 2026 were measured without.
+    torch.set_float32_matmul_precision("high" if is_half else "highest")
     built = CaseStep(case, case_tensors(case), case_policy(case, device="cuda"))
     _free()
     take_step(built)

@@ -44,6 +44,7 @@ class Speed:
     matrix_flops: tuple[float, float, float]
     """FLOP/s of matrix products in the run's precision, large enough to fill the device."""
     fp32_flops: tuple[float, float, float]
+    """Of products that stay in fp32; runs in bf16 have TF32 do them on a GPU."""
     bytes_per_s: tuple[float, float, float]
     layer_launch_s: tuple[float, float, float]
     """Least time of one layer's forward, whatever its tokens."""
@@ -51,6 +52,9 @@ class Speed:
     """Tokens of hidden size 1024 at which half of the rate is reached."""
     link_bytes_per_s: float = float("inf")
 
+
+_TF32_SHARE = 0.5
+"""Of the dense bf16 rate, on every card that has TF32."""
 
 _UTILISATION = (0.65, 0.42, 0.2)
 _BANDWIDTH_SHARE = (0.85, 0.65, 0.4)
@@ -72,10 +76,12 @@ def gpu_speed(gpu: Gpu, case: StepCase) -> Speed:
     """What a card does for this case's precision."""
     is_half = case.autocasts or case.weights_dtype == "bfloat16"
     # A card without bf16 units runs bf16 at its fp32 rate.
-    rate = gpu.bf16_tflops if is_half and gpu.has_bf16 else gpu.fp32_tflops
+    on_tensor_cores = is_half and gpu.has_bf16
+    rate = gpu.bf16_tflops if on_tensor_cores else gpu.fp32_tflops
+    fp32_rate = _TF32_SHARE * gpu.bf16_tflops if on_tensor_cores else gpu.fp32_tflops
     return Speed(
         matrix_flops=_scaled(rate * 1e12, _UTILISATION),
-        fp32_flops=_scaled(gpu.fp32_tflops * 1e12, _UTILISATION),
+        fp32_flops=_scaled(fp32_rate * 1e12, _UTILISATION),
         bytes_per_s=_scaled(gpu.bandwidth_gb_s * 1e9, _BANDWIDTH_SHARE),
         layer_launch_s=_LAUNCH_S,
         half_tokens=_HALF_TOKENS_PER_TFLOPS * rate,

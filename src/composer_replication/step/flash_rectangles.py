@@ -5,7 +5,8 @@ attends in two of them. All causal squares are one launch; of the dense rectangl
 level is one. So a step costs a layer as many launches as its tree is deep in branches, not as many
 as it has branches. What a launch returns merges by log-sum-exp, as in `rectangles.py`.
 
-Letters: H query heads, K key-value heads, T rows, D head size, n rows of one launch.
+Letters: H query heads, K key-value heads, T rows, D head size; of one launch n rows that attend,
+m rows attended to, and R - 1 rectangles.
 """
 
 from collections.abc import Sequence
@@ -35,17 +36,18 @@ class Launch:
     """Rows that attend; a slice where they lie together."""
     keys: slice | Int[Tensor, " m"]
     """Rows attended to."""
-    q_bounds: Int[Tensor, " N"]
+    q_bounds: Int[Tensor, " R"]
     """Where each rectangle's queries start among the launch's, and the end of the last; int32."""
-    k_bounds: Int[Tensor, " N"]
+    k_bounds: Int[Tensor, " R"]
+    """The same of its keys."""
     max_queries: int
     """Of one rectangle."""
     max_keys: int
     is_causal: bool
 
 
-def has_flash(query: Tensor, value: Tensor, scoring: Scoring, rectangles: list[Rectangle]) -> bool:
-    """Whether CUDA's flash kernel computes this attention: half precision, no cap, no window."""
+def has_flash(query: Tensor, value: Tensor, scoring: Scoring) -> bool:
+    """Whether CUDA's flash kernel takes this attention: half precision, no cap, sizes it knows."""
     size = query.shape[-1]
     return (
         query.is_cuda
@@ -54,15 +56,18 @@ def has_flash(query: Tensor, value: Tensor, scoring: Scoring, rectangles: list[R
         and scoring.softcap is None
         and size == value.shape[-1] <= _MAX_HEAD_SIZE
         and size % _HEAD_SIZE_MULTIPLE == 0
-        and all(part.mask != "banded" for part in rectangles)
     )
 
 
 def launches_of(rectangles: Sequence[Rectangle], device: torch.device) -> list[Launch]:
     """The rectangles in as few launches as they nest deep; the one of the squares comes first.
 
-    Example: five branches below one prefix are six squares and one dense rectangle: two launches.
+    None where a window cuts rectangles, which no launch computes.
+
+    Example: five branches below one prefix are five squares and one dense rectangle: two launches.
     """
+    if any(part.mask == "banded" for part in rectangles):
+        return []
     launches = [_launch([part for part in rectangles if part.mask == "causal"], device)]
     levels: list[list[Rectangle]] = []
     dense = sorted((part for part in rectangles if part.mask == "none"), key=_first_query)

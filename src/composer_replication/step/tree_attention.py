@@ -66,24 +66,30 @@ class DenseKernel:
 
 
 class RectangleKernel:
-    """The one for training: flash kernels on rectangles, no mask, no copies of keys or values."""
+    """The one for training: flash kernels on rectangles, no mask, no copies of keys or values.
+
+    On CUDA in half precision several rectangles share a launch (`flash_rectangles.py`).
+    """
 
     def __init__(self, tree: PrefixTree, device: torch.device) -> None:
         self._tree = tree
         self._positions = tree.positions.to(device)
         self._plans: dict[int | None, list[Rectangle]] = {}
-        self._launches: list[Launch] = []
+        self._launches: dict[int | None, list[Launch]] = {}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """See `TreeKernel`."""
         plan = self._plans.get(scoring.window)
         if plan is None:
             plan = self._plans[scoring.window] = rectangles_of(self._tree, scoring.window)
-        if has_flash(query, value, scoring, plan):
-            self._launches = self._launches or launches_of(plan, query.device)
-            by_row = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-            output = FlashAttention.apply(*by_row, self._launches, scoring.scale)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-            return cast(Tensor, output).unsqueeze(0)
+        if has_flash(query, value, scoring):
+            launches = self._launches.get(scoring.window)
+            if launches is None:
+                launches = self._launches[scoring.window] = launches_of(plan, query.device)
+            if launches:
+                by_row = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+                output = FlashAttention.apply(*by_row, launches, scoring.scale)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+                return cast(Tensor, output).unsqueeze(0)
         num_kv, num_rows = key.shape[1:3]
         by_group = query[0].unflatten(0, (num_kv, -1))
         output = RectangleAttention.apply(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

@@ -152,7 +152,25 @@ def test_there_are_as_many_launches_as_the_tree_nests():
 
 def test_a_cpu_keeps_its_own_kernel():
     query, _, value = inputs(random_tree(0), dtype=torch.bfloat16)
-    assert not has_flash(query, value, SCORING, [])
+    assert not has_flash(query, value, SCORING)
+
+
+def test_a_window_that_cuts_rectangles_leaves_no_launch_and_a_longer_one_changes_nothing():
+    tree = random_tree(2)
+    assert launches_of(rectangles_of(tree, window=3), CPU) == []
+    whole, long = (len(launches_of(rectangles_of(tree, w), CPU)) for w in (None, 500))
+    assert whole == long > 1
+
+
+@pytest.mark.usefixtures("dense_launches")
+def test_where_no_launch_computes_a_window_the_rectangles_do():
+    tree, scoring = random_tree(3), Scoring(0.3, window=5)
+    ours, theirs = (
+        outputs_and_grads(kernel(tree, CPU), inputs(tree), scoring)
+        for kernel in (RectangleKernel, DenseKernel)
+    )
+    for mine, oracle in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, oracle, rtol=0, atol=1e-11)
 
 
 def cuda_case(tree, *, size, dtype=torch.bfloat16):
