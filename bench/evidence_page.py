@@ -27,8 +27,7 @@ INTRO = """# Evidence
 Does training make the model better, and is it the hints that do it? Every figure on this page
 comes from `bench/results/evidence/`, one file a run; `python bench/evidence.py --max-runs 1`
 makes the next one that is missing and writes this page again. The model is
-SmolLM2-135M-Instruct, every weight trained in fp32 or bf16, on the machine that each file
-names.
+SmolLM2-135M-Instruct, every weight trained in fp32, on the machine that each file names.
 
 - All arms of a task have the same settings, prompts, seeds and number of rollouts, so they
   sample the same number of episodes; tokens differ with how long the episodes are, and are in

@@ -1,6 +1,8 @@
 """The packed executor equals `separate` in every loss and gradient, on every family."""
 
 import contextlib
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -111,6 +113,19 @@ def test_weights_in_bf16_work_too(family):
     theirs = losses_and_gradients(exact, BATCH)
     ours = losses_and_gradients(model, BATCH, score_packed)
     assert largest_errors(ours, theirs)[0] < 0.05
+
+
+@pytest.mark.parametrize("teacher_kind", ["live", "own"])
+@pytest.mark.parametrize("executor", [score_packed, score_separately, CUT])
+def test_a_step_that_is_dropped_leaves_nothing_of_its_models_behind(executor, teacher_kind):
+    """What a node of the graph holds of itself is never freed, step after step."""
+    models = [tiny_families.tiny_model("llama", seed=seed) for seed in range(2)]
+    weights = [weakref.ref(next(model.parameters())) for model in models]
+    open_teacher = None if teacher_kind == "live" else lambda: contextlib.nullcontext(models[1])
+    losses_and_gradients(models[0], BATCH, executor, teacher=open_teacher)
+    models.clear()
+    gc.collect()
+    assert [weight() for weight in weights] == [None, None]
 
 
 @pytest.mark.parametrize("seed", range(8))
