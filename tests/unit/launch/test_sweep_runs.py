@@ -131,13 +131,13 @@ def test_a_dry_run_on_modal_prices_the_whole_sweep_without_credentials(
 ):
     monkeypatch.setitem(sys.modules, "modal", None)
     sweep = ["sweep", "base.toml", "--grid", "grpo.max_steps=2,60", "--seeds", "2"]
-    remote = [*sweep, "--on", "modal", "--gpu", "L4", "--dry-run"]
+    remote = [*sweep, "--on", "modal", "--gpu", "L40S", "--dry-run"]
     assert main([*remote, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     names = [row["name"] for row in answer["members"]]
     assert [name.split("-")[1] for name in names] == ["60", "60", "2", "2"]
     function, plan = answer["function"], answer["plan"]
-    assert (function["gpu"], function["max_containers"]) == ("L4", 4)
+    assert (function["gpu"], function["max_containers"]) == ("L40S", 4)
     assert function["tags"]["verb"] == "train"
     assert function["tags"]["run_id"].startswith("base-sweep-")
     expected = [row["expected_usd"] for row in answer["members"]]
@@ -158,7 +158,7 @@ def test_a_dry_run_on_modal_prices_the_whole_sweep_without_credentials(
 def test_a_resumed_sweep_plans_and_prices_what_is_not_done(workplace, capsys):
     assert main(COMMAND) == 0
     capsys.readouterr()
-    remote = ["--on", "modal", "--gpu", "L4"]
+    remote = ["--on", "modal", "--gpu", "L40S"]
     resumed = [*COMMAND, "--resume", "--dry-run"]
     assert main([*resumed, *remote, "--seeds", "3", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
