@@ -1,5 +1,6 @@
 """docs/evidence.md and its curves, from the result files."""
 
+from collections import Counter
 from pathlib import Path
 
 from composer_replication.experiments.evidence_arms import (
@@ -86,7 +87,7 @@ def page(results: Path) -> str:
     lines += ["## Claims", "", *verdicts(cells), ""]
     if not cells:
         lines += ["No run is in the table yet, so nothing here is a result.", ""]
-    lines += [f"Not measured yet: {_missing(cells)}.", ""]
+    lines += [f"Not measured yet: {_missing(cells)}. {_devices(cells)}", ""]
     for task, title in TITLES.items():
         own = [cell for cell in cells if cell.task == task and cell.drift == 0]
         lines += [f"## {title}", "", _settings(task), ""]
@@ -237,6 +238,17 @@ def _difference(name: str) -> str:
     if arm.control:
         parts.append(CONTROLS[arm.control])
     return ", ".join(parts) or "nothing"
+
+
+def _devices(cells: list[Cell]) -> str:
+    """How many runs each kind of machine and torch made."""
+    kinds = Counter(
+        "CPU" if result["device"].endswith("CPU") else result["device"]
+        for cell in cells
+        for result in cell.results
+    )
+    counts = ", ".join(f"{number} on {kind}" for kind, number in sorted(kinds.items()))
+    return f"Runs: {counts}." if counts else ""
 
 
 def _missing(cells: list[Cell]) -> str:

@@ -44,23 +44,22 @@ def _sizes(report: dict[str, Any]) -> str:
 
 
 def _memory_lines() -> list[str]:
-    path = RESULTS / "plan_memory_cuda.json"
-    found = json.loads(path.read_text(encoding="utf-8"))
     rows = [row for row in stored("cuda") if row["reserved_gib"] is not None]
     cases = [case_of(row) for row in rows]
     errors = [
         predict(case).peak_gib / row["allocated_gib"] - 1
         for case, row in zip(cases, rows, strict=True)
     ]
+    devices = sorted({row["device"] for row in rows})
     num_within = sum(
         row["reserved_gib"] + row["context_gib"] <= planned_total_gib(case)
         for case, row in zip(cases, rows, strict=True)
     )
     return [
-        f"- **A plan**: tensors of {len(rows)} steps on an {found['device']} are "
-        f"{min(errors):+.1%} to {max(errors):+.1%} off",
-        f"  their formulas; {num_within} stay within the whole that is planned for them, whose "
-        "margins they set",
+        f"- **A plan**: its formulas are {min(errors):+.1%} to {max(errors):+.1%} off the tensors "
+        f"of {len(rows)} steps on an",
+        f"  {' and '.join(devices)}; {num_within} stay within all that is planned for them, whose",
+        "  margins they set",
         "  ([docs/planner.md](docs/planner.md)).",
     ]
 

@@ -18,6 +18,7 @@ from plan_memory_page import planned_total_gib, row_key, settings_of, stored_cas
 
 from composer_replication.experiments.case_step import CaseStep, case_policy, case_tensors
 from composer_replication.experiments.simulate import simulate
+from composer_replication.planner.layer_memory import keeps_scores
 from composer_replication.planner.memory import predict
 from composer_replication.planner.step_case import StepCase
 from composer_replication.units import BYTES_PER_GIB, gib
@@ -103,7 +104,7 @@ def write_part(path: Path, *, seconds: float) -> None:
     """
     started_s = time.perf_counter()
     known = {row_key(row): row for row in _stored_rows(path)}
-    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     heads = [({"model": name, "case": stored_case(case)}, case) for name, case in cuda_cases()]
     for head, case in sorted(heads, key=lambda each: row_key(each[0]) in known):
         key = row_key(head)
@@ -112,9 +113,10 @@ def write_part(path: Path, *, seconds: float) -> None:
             continue
         if time.perf_counter() - started_s > seconds:
             break
-        known[key] = head | cuda_row(case) | {"simulated_gib": before.get("simulated_gib")}
+        simulated = {"simulated_gib": before.get("simulated_gib")}
+        known[key] = head | device | {"tf32": _is_half(case)} | cuda_row(case) | simulated
         print(json.dumps(known[key]), flush=True)
-        _store(path, about, [*known.values()])
+        _store(path, [*known.values()])
         # A CUDA error that this process does not survive is raised here; the next one goes on.
         _free()
 
@@ -122,20 +124,20 @@ def write_part(path: Path, *, seconds: float) -> None:
 def simulate_part(path: Path, *, seconds: float) -> None:
     """Add the simulation of the same step to stored rows that lack it; needs no GPU."""
     started_s = time.perf_counter()
-    found = json.loads(path.read_text(encoding="utf-8"))
-    for row in found["rows"]:
-        if row["simulated_gib"] is None and time.perf_counter() - started_s <= seconds:
-            case = StepCase(settings_of(row["model"]), **row["case"])
+    rows = _stored_rows(path)
+    for row in rows:
+        case = StepCase(settings_of(row["model"]), **row["case"])
+        is_due = row["simulated_gib"] is None and not keeps_scores(case)
+        if is_due and time.perf_counter() - started_s <= seconds:
             row["simulated_gib"] = simulate(case).peak_gib
-            _store(path, found, found["rows"])
+            _store(path, rows)
 
 
 def measured_on_cuda(case: StepCase, planned_gib: float) -> Iterator[dict[str, Any]]:
     """The figures of a step after a first one, then whether it fits in the planned total."""
     before_gib = gib(torch.cuda.memory_allocated())
-    is_half = case.autocasts or case.weights_dtype == "bfloat16"
-    # As runs in bf16 have it; the rows of November 2026 were measured without.
-    torch.set_float32_matmul_precision("high" if is_half else "highest")
+    # As runs in bf16 have it.
+    torch.set_float32_matmul_precision("high" if _is_half(case) else "highest")
     built = CaseStep(case, case_tensors(case), case_policy(case, device="cuda"))
     _free()
     take_step(built)
@@ -226,8 +228,12 @@ def _stored_rows(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
-def _store(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    text = json.dumps(about | {"rows": rows}, indent=1) + "\n"
+def _is_half(case: StepCase) -> bool:
+    return case.autocasts or case.weights_dtype == "bfloat16"
+
+
+def _store(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = json.dumps({"rows": rows}, indent=1) + "\n"
     # A file that is cut off in the middle would lose the rows before it too.
     scratch = path.with_suffix(".part")
     scratch.write_text(text, encoding="utf-8")

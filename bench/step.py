@@ -58,10 +58,10 @@ FLOP_RATIOS = ("naive", "good")
 
 MAX_LOSS_ERROR = {"fp32": 1e-5, "bf16": 1e-2}
 """Of the sum of absolute row losses."""
-MAX_GRAD_ERROR = {"fp32": 1e-3, "bf16": 0.2}
+MAX_GRAD_ERROR = {"fp32": 1e-3, "bf16": 0.12}
 """In fp32 the largest over the parameters; the smallest ones are sums of terms that cancel, so that
-rounding alone moves them by 5e-5. In bf16 they are rounding alone, so there it is the error of all
-gradients as one vector."""
+rounding alone moves them by 5e-5. In bf16 that of all gradients as one vector, against separate
+forwards that round as much: GRPO's, where advantages cancel, is a tenth off."""
 
 OUR_EXECUTOR = score_packed
 """The one that training uses."""

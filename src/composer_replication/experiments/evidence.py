@@ -188,8 +188,8 @@ def run_config(run: EvidenceRun, settings: TaskSettings, data: str) -> RunConfig
     # One precision on every device, so that the table may be filled on several.
     grpo = {**cast("Mapping[str, object]", settings.config["grpo"]), "bf16": False}
     # A run that a guard would stop is a finding as well.
-    guards = {"heldout_evaluations": 0}
-    values = {**settings.config, "grpo": grpo, "guards": guards, **changes}
+    assert "guards" not in settings.config
+    values = {**settings.config, "grpo": grpo, "guards": {"heldout_evaluations": 0}, **changes}
     values |= {"name": run.key, "seed": run.seed, "data": data}
     return RunConfig.model_validate(values)
 

@@ -13,10 +13,11 @@ from typing import cast
 from torch import nn
 
 from composer_replication.batch.collate import StepTensors
-from composer_replication.errors import ModelError
+from composer_replication.errors import ConfigError, ModelError
 from composer_replication.experiments.case_step import CaseStep, case_policy, case_tensors
 from composer_replication.experiments.fake_floats import FakeFloatsMemory
 from composer_replication.experiments.step_phases import OPTIMIZER, StepPhases, Stretch
+from composer_replication.planner.layer_memory import keeps_scores
 from composer_replication.planner.memory import MemoryEstimate
 from composer_replication.planner.run_memory import Predictor
 from composer_replication.planner.step_case import StepCase
@@ -37,8 +38,14 @@ def simulate(case: StepCase) -> MemoryEstimate:
     """The memory of a case's step.
 
     Raises:
+        ConfigError: attention that a CPU computes in another way.
         ModelError: an architecture whose layers are not alike.
     """
+    if keeps_scores(case):
+        raise ConfigError(
+            "fp32 attention with grouped heads keeps its softmax on CUDA, where the simulation's "
+            "keeps none. Plan without --simulate, or with tree = 'auto' or grpo.bf16 = true."
+        )
     tensors = case_tensors(case)
     shallow_depth, deep_depth = _two_depths(case)
     with warnings.catch_warnings():

@@ -207,7 +207,7 @@ def composer_config(
         "reference_cache_dir": str(reference_cache),
     }
     values |= config.grpo | overrides
-    if device().type == "cuda" and values["bf16"] and torch.cuda.get_device_capability() >= (8, 0):
+    if values["bf16"] and _has_tf32():
         # What bf16 leaves in fp32, the output head, then multiplies on tensor cores too.
         values.setdefault("tf32", True)
     try:
@@ -259,11 +259,15 @@ def _check_trl() -> None:
         )
 
 
+def _has_tf32() -> bool:
+    """Whether the device multiplies in TF32: NVIDIA's from Ampere on."""
+    is_nvidia = device().type == "cuda" and torch.version.cuda is not None
+    return is_nvidia and torch.cuda.get_device_capability() >= (8, 0)
+
+
 def _device_defaults() -> dict[str, object]:
     if device().type == "cuda":
-        # Emulated on cards that lack it, bf16 is slower than fp32.
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return {"bf16": has_bf16, "gradient_checkpointing": False}
+        return {"bf16": torch.cuda.is_bf16_supported(), "gradient_checkpointing": False}
     return {
         # Without bf16 units a CPU emulates it, slower than fp32.
         "bf16": cpu_bf16_line(Path("/proc/cpuinfo")).is_ok is True,

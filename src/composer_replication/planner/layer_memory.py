@@ -76,7 +76,7 @@ def layer_memory(case: StepCase) -> LayerMemory:
         if is_adapter
         else _kept_by_weights(shape, precision)
     )
-    if _keeps_scores(case, shape):
+    if keeps_scores(case):
         # Keys and values are repeated for every query head.
         kept += 2 * FP32 * (shape.q_dim - shape.kv_dim)
     copies = 0
@@ -99,20 +99,21 @@ def layer_memory(case: StepCase) -> LayerMemory:
         forward_per_token=3 * compute * inner + 3 * stream * hidden,
         ends_per_token=last_norm + 2 * stream * shape.head_dim,
         output_per_token=stream * hidden,
-        score_bytes=FP32 * shape.num_heads if _keeps_scores(case, shape) else 0,
+        score_bytes=FP32 * shape.num_heads if keeps_scores(case) else 0,
     )
 
 
-def _keeps_scores(case: StepCase, shape: ModelShape) -> bool:
+def keeps_scores(case: StepCase) -> bool:
     """Whether attention is torch's plain one, which keeps a softmax of every row.
 
     On CUDA no fused kernel takes grouped heads in fp32; a tree's own kernels keep none.
     """
+    num_heads = case.model.get("num_attention_heads")
     return (
         case.device_type == "cuda"
         and case.executor == "separate"
         and Precision.of(case).compute == FP32
-        and shape.kv_dim < shape.q_dim
+        and case.model.get("num_key_value_heads") not in (None, num_heads)
     )
 
 

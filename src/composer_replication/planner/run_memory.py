@@ -7,7 +7,13 @@ rows, the key-value cache of its rollouts and, on several cards, sharding.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from composer_replication.planner.layer_memory import BF16, FP32, Precision, layer_memory
+from composer_replication.planner.layer_memory import (
+    BF16,
+    FP32,
+    Precision,
+    keeps_scores,
+    layer_memory,
+)
 from composer_replication.planner.memory import MemoryEstimate, persistent_bytes, predict
 from composer_replication.planner.model_shape import ModelShape, model_shape
 from composer_replication.planner.run_shape import RolloutShape, RunShape
@@ -109,8 +115,10 @@ def _of_case(shape: RunShape, case: StepCase, estimate: MemoryEstimate) -> RunMe
     persistent = dict(estimate.persistent_gib)
     total = sum(persistent.values())
     is_separate = case.executor == "separate"
-    # A tree has no padding, and its own head scores GRPO's tokens too.
-    extra = gib(_padding_bytes(case, model) if shape.is_padded and is_separate else 0)
+    # A tree has no padding, and its own head scores GRPO's tokens too. Attention that keeps scores
+    # is that of rows without padding: a mask has another kernel, which keeps none.
+    has_mask = shape.is_padded and is_separate and not keeps_scores(case)
+    extra = gib(_padding_bytes(case, model) if has_mask else 0)
     phases = {phase: peak - total for phase, peak in estimate.phases_gib.items()}
     for phase in ("loss", "backward"):
         head = _trl_head_bytes(case, model, phase) if is_separate else 0

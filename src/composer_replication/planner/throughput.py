@@ -44,7 +44,7 @@ class Speed:
     matrix_flops: tuple[float, float, float]
     """FLOP/s of matrix products in the run's precision, large enough to fill the device."""
     fp32_flops: tuple[float, float, float]
-    """Of products that stay in fp32; runs in bf16 have TF32 do them on a GPU."""
+    """Of products that stay in fp32; a run in half precision has TF32 do them on a GPU."""
     bytes_per_s: tuple[float, float, float]
     layer_launch_s: tuple[float, float, float]
     """Least time of one layer's forward, whatever its tokens."""

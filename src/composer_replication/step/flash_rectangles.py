@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 from composer_replication.step.rectangle_kernels import Scoring
 from composer_replication.step.rectangles import Rectangle
 
-_MAX_HEAD_SIZE = 256
+_MAX_HEAD_SIZE = 192
+"""Larger ones have no backward on some cards."""
 _HEAD_SIZE_MULTIPLE = 8
 _OLDEST_CAPABILITY = (8, 0)
 """Ampere; before it torch has no flash kernel."""
@@ -51,6 +52,7 @@ def has_flash(query: Tensor, value: Tensor, scoring: Scoring) -> bool:
     size = query.shape[-1]
     return (
         query.is_cuda
+        and torch.version.cuda is not None
         and query.dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(query.device) >= _OLDEST_CAPABILITY
         and scoring.softcap is None
@@ -62,7 +64,7 @@ def has_flash(query: Tensor, value: Tensor, scoring: Scoring) -> bool:
 def launches_of(rectangles: Sequence[Rectangle], device: torch.device) -> list[Launch]:
     """The rectangles in as few launches as they nest deep; the one of the squares comes first.
 
-    None where a window cuts rectangles, which no launch computes.
+    Empty where a window cuts rectangles, which no launch computes.
 
     Example: five branches below one prefix are five squares and one dense rectangle: two launches.
     """

@@ -5,6 +5,7 @@ architecture that nobody thought of falls back to `separate` instead of training
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ def _probed_difference(model: nn.Module) -> str | None:
     device = next(lm.parameters()).device
     sequences = _probe_sequences(lm.config.get_text_config())
     tree = PrefixTree(sequences)
-    with torch.no_grad(), in_eval_mode(lm):
+    with torch.no_grad(), in_eval_mode(lm), _exact_products():
         try:
             packed = tree_hidden_states(lm, tree, RectangleKernel(tree, device))
         except ModelError as error:
@@ -95,6 +96,20 @@ def _probed_difference(model: nn.Module) -> str | None:
         f"its hidden states on a tree of random tokens are {error:.2g} away from those of separate "
         f"forwards, relative to their norm, and {bound:g} is allowed"
     )
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """fp32 products in fp32: TF32, which a run may have on, is as far off as what is allowed."""
+    products = torch.backends.cuda.matmul
+    precision = products.fp32_precision
+    # Where it is not set, it follows that of all backends, and goes on to do so.
+    follows = precision == torch.backends.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = "none" if follows else precision
 
 
 def _probe_sequences(config: object) -> list[np.ndarray]:

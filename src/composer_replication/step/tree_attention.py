@@ -66,7 +66,7 @@ class DenseKernel:
 
 
 class RectangleKernel:
-    """The one for training: flash kernels on rectangles, no mask, no copies of keys or values.
+    """The one for training: flash kernels on rectangles, without a mask.
 
     On CUDA in half precision several rectangles share a launch (`flash_rectangles.py`).
     """

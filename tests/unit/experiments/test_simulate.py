@@ -95,7 +95,8 @@ def test_an_architecture_whose_layers_do_not_repeat_is_refused():
 def test_a_gpus_larger_tiles_of_the_head_are_simulated():
     """512 rows of fp32 logits at once in place of 64, twice: the logits and their gradient."""
     rows = {"num_pairs": 4, "pair_state_tokens": 8, "pair_action_tokens": 128}
-    case = StepCase(QWEN2 | {"vocab_size": 8192}, **rows)
+    heads = {"num_key_value_heads": QWEN2["num_attention_heads"]}
+    case = StepCase(QWEN2 | heads | {"vocab_size": 8192}, **rows)
     on_cpu, on_gpu = (simulate(replace(case, device_type=kind)) for kind in ("cpu", "cuda"))
     more_gib = on_gpu.phases_gib["loss"] - on_cpu.phases_gib["loss"]
     assert more_gib == pytest.approx(gib((512 - 64) * 8192 * 4 * 2), rel=0.05)
@@ -104,6 +105,14 @@ def test_a_gpus_larger_tiles_of_the_head_are_simulated():
 def test_an_optimizer_of_another_device_is_refused():
     with pytest.raises(ConfigError, match=r"adamw_8bit.*without --simulate"):
         simulate(StepCase(QWEN2, optimizer="adamw_8bit", **ROWS))
+
+
+def test_attention_that_keeps_its_softmax_on_cuda_alone_is_refused():
+    case = StepCase(QWEN2, device_type="cuda", **ROWS)
+    with pytest.raises(ConfigError, match=r"keeps its softmax on CUDA.*without --simulate"):
+        simulate(case)
+    for change in ({"executor": "packed"}, {"autocasts": True}):
+        assert simulate(replace(case, **change)).peak_gib > 0
 
 
 def test_the_plan_takes_the_simulation_in_place_of_formulas(tiny_model_dir, tmp_path, capsys):

@@ -97,6 +97,32 @@ def test_the_probe_changes_nothing_of_the_model():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_the_probe_multiplies_in_fp32_where_a_run_has_tf32(monkeypatch):
+    """TF32 is as far off as the probe allows, so a sound model would lose its tree."""
+    products = torch.backends.cuda.matmul
+    own_forward = packed_support.tree_hidden_states
+    seen: list[str] = []
+
+    def forward(*args):
+        seen.append(products.fp32_precision)
+        return own_forward(*args)
+
+    monkeypatch.setattr(packed_support, "tree_hidden_states", forward)
+    model = tiny_families.tiny_model("llama", dtype=torch.float32)
+    before = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"
+        assert why_not_packed(model) is None
+        assert (seen, products.fp32_precision) == (["ieee"], "tf32")
+        torch.backends.fp32_precision = "ieee"
+        assert products.fp32_precision == "ieee"
+        products.fp32_precision = "tf32"
+        assert why_not_packed(model) is None
+        assert products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision, torch.backends.fp32_precision = "none", before
+
+
 def test_a_tree_without_its_mask_is_caught_by_the_probe(monkeypatch):
     class BlindKernel(packed_support.RectangleKernel):
         """Every row sees all rows before it, of other branches too."""
