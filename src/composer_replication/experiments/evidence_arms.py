@@ -107,7 +107,7 @@ SETTINGS: Mapping[str, TaskSettings] = MappingProxyType(
             config={
                 "model": "smollm2-135m",
                 "alpha_sdpo": 1.0,
-                "beta_replay": 0.05,
+                "beta_replay": 0.1,
                 "teacher": "frozen",
                 "tree": "always",
                 "grpo": {
@@ -128,7 +128,7 @@ SETTINGS: Mapping[str, TaskSettings] = MappingProxyType(
                     "hint_placement": "demonstrate",
                     "sites_per_step": 10,
                 },
-                "dpo": {"pairs_per_step": 1},
+                "dpo": {"pairs_per_step": 2},
                 "rollout": {"max_turns": 2, "max_action_tokens": 36},
             },
         ),
@@ -191,9 +191,20 @@ class EvidenceRun:
         return f"{self.task}-{self.arm}-s{self.seed}{drift}"
 
 
+_CHANNEL_KEYS = {SDPO: (SDPO, "sdpo", "teacher"), DPO: (DPO, "dpo")}
+"""Of a run's file: what one channel alone reads."""
+
+
 def fingerprint(task: str, arm: Arm, settings: TaskSettings) -> str:
-    """A hash of all that a result depends on beside its seed; results of two are not mixed."""
-    facts = [task, dataclasses.asdict(arm), dataclasses.asdict(settings)]
+    """A hash of all that a result depends on beside its seed; results of two are not mixed.
+
+    Keys of a channel that the arm does not train are not among it.
+    """
+    unused = arm.switches_off if arm.is_trained else (SDPO, DPO)
+    keys = {key for channel in unused for key in _CHANNEL_KEYS[channel]}
+    config = {key: value for key, value in settings.config.items() if key not in keys}
+    used = dataclasses.replace(settings, config=config)
+    facts = [task, dataclasses.asdict(arm), dataclasses.asdict(used)]
     text = json.dumps(facts, sort_keys=True, default=dict)
     return xxhash.xxh3_64_hexdigest(text.encode())
 

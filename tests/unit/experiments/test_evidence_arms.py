@@ -92,3 +92,27 @@ def test_any_changed_setting_changes_the_fingerprint():
         other = dataclasses.replace(settings, **change)
         assert fingerprint("api_drift", ARMS["all"], other) not in seen
     assert fingerprint("api_drift", ARMS["all"], settings) in seen
+
+
+def with_config(settings, **changes):
+    return dataclasses.replace(settings, config={**settings.config, **changes})
+
+
+@pytest.mark.parametrize("task", SETTINGS)
+def test_results_stay_where_only_what_their_arm_does_not_train_has_changed(task):
+    settings = SETTINGS[task]
+    more_pairs = with_config(settings, dpo={"pairs_per_step": 9}, beta_replay=0.9)
+    other_teacher = with_config(settings, teacher="ema", sdpo={"beta": 0.5}, alpha_sdpo=0.9)
+    faster = with_config(settings, grpo={**settings.config["grpo"], "learning_rate": 1.0})
+    kept = {
+        name: [
+            fingerprint(task, arm, changed) == fingerprint(task, arm, settings)
+            for changed in (more_pairs, other_teacher, faster)
+        ]
+        for name, arm in ARMS.items()
+    }
+    assert kept["grpo"] == [True, True, False]
+    assert kept["base"] == [True, True, False]
+    assert kept["sdpo"] == kept["wrong_hint"] == [True, False, False]
+    assert kept["dpo"] == [False, True, False]
+    assert kept["all"] == [False, False, False]
