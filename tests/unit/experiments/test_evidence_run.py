@@ -63,7 +63,7 @@ def test_a_run_trains_measures_and_says_what_it_was(tmp_path, tiny_settings):
     assert result["forgetting"]["nats_per_token"] > 0
     row = json.loads((folder / "run" / "metrics.jsonl").read_text())
     assert row["tokens/sdpo"] > 0
-    assert row["pairs/dpo"] == 1
+    assert row["pairs/dpo"] == SETTINGS["api_drift"].config["dpo"]["pairs_per_step"]
     assert any(line.startswith("step 1  reward") for line in lines)
     training = (folder / "data" / "prompts.jsonl").read_text()
     assert '"split": "train"' in training
