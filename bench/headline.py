@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from plan_memory_page import case_of, planned_total_gib, stored
+from plan_memory_page import formula_error, planned_gib, stored, used_gib
 
 from composer_replication.experiments.evidence_report import Cell, load_cells
-from composer_replication.planner.memory import predict
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -45,16 +44,9 @@ def _sizes(report: dict[str, Any]) -> str:
 
 def _memory_lines() -> list[str]:
     rows = [row for row in stored("cuda") if row["reserved_gib"] is not None]
-    cases = [case_of(row) for row in rows]
-    errors = [
-        predict(case).peak_gib / row["allocated_gib"] - 1
-        for case, row in zip(cases, rows, strict=True)
-    ]
+    errors = [formula_error(row) for row in rows]
     devices = sorted({row["device"] for row in rows})
-    num_within = sum(
-        row["reserved_gib"] + row["context_gib"] <= planned_total_gib(case)
-        for case, row in zip(cases, rows, strict=True)
-    )
+    num_within = sum(used_gib(row) <= planned_gib(row) for row in rows)
     return [
         f"- **A plan**: its formulas are {min(errors):+.1%} to {max(errors):+.1%} off the tensors "
         f"of {len(rows)} steps on an",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plan_memory_page import planned_total_gib, row_key, settings_of, stored_case
+from plan_memory_page import case_of, planned_total_gib, row_key, settings_of, stored_case
 
 from composer_replication.experiments.case_step import CaseStep, case_policy, case_tensors
 from composer_replication.experiments.simulate import simulate
@@ -126,7 +126,7 @@ def simulate_part(path: Path, *, seconds: float) -> None:
     started_s = time.perf_counter()
     rows = _stored_rows(path)
     for row in rows:
-        case = StepCase(settings_of(row["model"]), **row["case"])
+        case = case_of(row)
         is_due = row["simulated_gib"] is None and not keeps_scores(case)
         if is_due and time.perf_counter() - started_s <= seconds:
             row["simulated_gib"] = simulate(case).peak_gib

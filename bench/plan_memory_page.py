@@ -109,8 +109,8 @@ def cuda_lines(path: Path) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *(_cuda_row(row) for row in rows),
     ]
-    errors = [_formula_error(row) for row in rows]
-    over = [_planned_gib(row) / _used_gib(row) - 1 for row in rows]
+    errors = [formula_error(row) for row in rows]
+    over = [planned_gib(row) / used_gib(row) - 1 for row in rows]
     devices = " and ".join(sorted({f"{row['device']} (torch {row['torch']})" for row in rows}))
     num_failed = sum(row["error"] is not None for row in found["rows"])
     return [
@@ -136,8 +136,8 @@ def _cuda_row(row: dict[str, Any]) -> str:
     differs = {name: value for name, value in row["case"].items() if name != "device_type"}
     return (
         f"| {row['model']} | {_rows(row['case'])} | {_options(differs)} "
-        f"| {_planned_gib(row):.1f} | {_used_gib(row):.1f} | {allocated:.1f} "
-        f"| {_formula_error(row):+.1%} | {beside} | {_least_total(row)} |"
+        f"| {planned_gib(row):.1f} | {used_gib(row):.1f} | {allocated:.1f} "
+        f"| {formula_error(row):+.1%} | {beside} | {_least_total(row)} |"
     )
 
 
@@ -147,15 +147,18 @@ def planned_total_gib(case: StepCase) -> float:
     return tensors_gib + sum(device_gib(case, tensors_gib).values())
 
 
-def _planned_gib(row: dict[str, Any]) -> float:
+def planned_gib(row: dict[str, Any]) -> float:
+    """What a plan states for a measured step."""
     return planned_total_gib(case_of(row))
 
 
-def _used_gib(row: dict[str, Any]) -> float:
+def used_gib(row: dict[str, Any]) -> float:
+    """What it took of the card, blocks that nothing uses included."""
     return row["reserved_gib"] + row["context_gib"]
 
 
-def _formula_error(row: dict[str, Any]) -> float:
+def formula_error(row: dict[str, Any]) -> float:
+    """The formulas over the tensors that were measured on a GPU, less 1."""
     return predict(case_of(row)).peak_gib / row["allocated_gib"] - 1
 
 
