@@ -109,9 +109,10 @@ def test_the_probe_multiplies_in_fp32_where_a_run_has_tf32(monkeypatch):
 
     monkeypatch.setattr(packed_support, "tree_hidden_states", forward)
     model = tiny_families.tiny_model("llama", dtype=torch.float32)
-    before = torch.backends.fp32_precision
+    before = products.fp32_precision, torch.backends.fp32_precision
     try:
-        torch.backends.fp32_precision = "tf32"
+        # Not set of its own, as in a fresh process; another test of this one may have set it.
+        products.fp32_precision, torch.backends.fp32_precision = "none", "tf32"
         assert why_not_packed(model) is None
         assert (seen, products.fp32_precision) == (["ieee"], "tf32")
         torch.backends.fp32_precision = "ieee"
@@ -120,7 +121,7 @@ def test_the_probe_multiplies_in_fp32_where_a_run_has_tf32(monkeypatch):
         assert why_not_packed(model) is None
         assert products.fp32_precision == "tf32"
     finally:
-        products.fp32_precision, torch.backends.fp32_precision = "none", before
+        products.fp32_precision, torch.backends.fp32_precision = before
 
 
 def test_a_tree_without_its_mask_is_caught_by_the_probe(monkeypatch):
