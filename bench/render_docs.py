@@ -12,8 +12,10 @@ from typing import get_args
 
 from flaw_mutants import ERROR, load_flaws
 from headline import headline_lines
+from launching import launching_lines
 from performance_page import performance
 from plan_memory_page import memory_lines
+from probe_accuracy import probe_lines
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -33,6 +35,8 @@ NOTE_BEGIN = "<!-- note: written by bench/render_docs.py -->"
 NOTE_END = "<!-- note: end -->"
 MEMORY_BEGIN = "<!-- memory: written by bench/render_docs.py -->"
 MEMORY_END = "<!-- memory: end -->"
+PROBE_BEGIN = "<!-- probe: written by bench/render_docs.py -->"
+PROBE_END = "<!-- probe: end -->"
 SHIPPED_BEGIN = "<!-- shipped: written by bench/render_docs.py -->"
 SHIPPED_END = "<!-- shipped: end -->"
 HEADLINE_BEGIN = "<!-- measured: written by bench/render_docs.py -->"
@@ -200,7 +204,8 @@ def measurements() -> str:
         "shared: read ratios and medians.",
         "",
     ]
-    parts = [*smoke_lines(), *kill_lines(), *base_rate_lines(), *fused_lines()]
+    launching = launching_lines()
+    parts = [*smoke_lines(), *kill_lines(), *launching, *base_rate_lines(), *fused_lines()]
     return "\n".join([*head, *parts]) + "\n"
 
 
@@ -306,6 +311,7 @@ def planner(page: str) -> str:
         (NOTE_BEGIN, note_lines(), NOTE_END),
         (SHIPPED_BEGIN, shipped_lines(), SHIPPED_END),
         (MEMORY_BEGIN, memory_lines(), MEMORY_END),
+        (PROBE_BEGIN, probe_lines(), PROBE_END),
     ):
         page = between(page, begin, lines, end)
     return page

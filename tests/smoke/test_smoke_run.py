@@ -153,16 +153,15 @@ def test_a_channel_switched_off_leaves_no_trace(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["teacher=live"],
+        ["teacher=live", "batch.channel_schedule=alternate", "sdpo.hint_placement=user_turn"],
         ["teacher=frozen", "grpo.bf16=true"],
-        ["lora.r=4", "lora.dropout=0.1"],
-        ["batch.channel_schedule=alternate", "sdpo.hint_placement=user_turn"],
+        ["lora.r=4", "lora.dropout=0.1", "grpo.steps_per_generation=2", "grpo.beta=0.05",
+         "sdpo.top_k=20", "sdpo.tail=true"],
         ["alpha_sdpo=0"],
         ["grpo.gradient_accumulation_steps=2", "grpo.gradient_checkpointing=true"],
-        ["grpo.steps_per_generation=2", "sdpo.top_k=20", "sdpo.tail=true", "grpo.beta=0.05"],
     ],
     ids=",".join,
-)
+)  # fmt: skip
 def test_every_kind_of_run_passes_its_own_checks(tiny_model_dir, tmp_path, options):
     settings = [word for option in options for word in ("--set", option)]
     code = smoke(tiny_model_dir, tmp_path / "run", "--steps", "2", *settings)

@@ -1,6 +1,7 @@
 """`plan --probe`: ten steps of the run on this machine, as a measurement for its plan."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -33,4 +34,4 @@ def run_probe(config: RunConfig) -> Measured:
             "The probe's ten steps ran, and the planner has no formula for their model or card, "
             "so there is nothing to calibrate. Leave --probe out."
         )
-    return measured[0]
+    return replace(measured[0], is_probe=True)

@@ -37,6 +37,8 @@ class Measured:
     """Expected without calibration."""
     phases_s: dict[str, float]
     """Seconds of each phase that was timed."""
+    is_probe: bool = False
+    """Ten steps of the very run that is planned, made for its plan."""
 
     @property
     def step_ratio(self) -> float:
@@ -64,11 +66,13 @@ def device_key(label: str) -> str:
 def factor_from(runs: list[Measured], *, device: str, model: str) -> float | None:
     """How many times longer than predicted steps take on a device; None: nothing is known.
 
-    Runs of the same model count before those of others.
+    A probe counts alone, for it is of this very run; then runs of the same model before those of
+    others.
     """
     here = [run for run in runs if device_key(run.device) == device]
+    probes = [run for run in here if run.is_probe]
     same = [run for run in here if run.model == model]
-    ratios = [run.step_ratio for run in (same or here)[-_KEPT_RUNS:]]
+    ratios = [run.step_ratio for run in (probes or same or here)[-_KEPT_RUNS:]]
     return statistics.median(ratios) if ratios else None
 
 

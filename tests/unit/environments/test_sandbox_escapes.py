@@ -8,13 +8,18 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from sandboxed_runs import SAFE, mechanism_id, run_program
 
 from composer_replication.environments.sandbox import mechanisms
-from composer_replication.environments.sandbox.confined_process import run_confined
+from composer_replication.environments.sandbox.confine import kernel_version
+from composer_replication.environments.sandbox.confined_process import (
+    ConfinedProcess,
+    run_confined,
+)
 from composer_replication.environments.sandbox.launching import Mechanism
 from composer_replication.environments.sandbox.mechanisms import choose_mechanism
 from composer_replication.environments.sandbox.sandbox_limits import SandboxLimits
@@ -149,6 +154,40 @@ def test_a_program_without_measure_is_stopped_at_its_limit(mechanism, code, endi
     assert result.exit_code != 0
     assert len(result.stdout) + len(result.stderr) < 200_000
     assert result.wall_s < 6
+
+
+FORKS_UNTIL_REFUSED = """
+import os, time
+for made in range(500):
+    try:
+        if not os.fork():
+            time.sleep(60)
+    except OSError:
+        break
+print(made)
+"""
+
+
+def test_the_kernel_bounds_processes_where_no_watcher_looks(monkeypatch):
+    """A watcher that waits for its turn on a busy machine let a fork bomb grow for 17 s."""
+    monkeypatch.setattr(ConfinedProcess, "_reached_limit", lambda _: None)
+    limits = {"num_processes": 8, "wall_s": 20.0}
+    machines = Path("/proc/sys/kernel/pid_max").read_text()
+    mechanism = Mechanism.LANDLOCK if Mechanism.LANDLOCK in SAFE else None
+    result = run_program(FORKS_UNTIL_REFUSED, mechanism, **limits)
+    # An older kernel does not hold the administrator, and must not be told to.
+    is_bounded = os.geteuid() != 0 or kernel_version() >= (6, 14)
+    assert int(result.stdout or 0) <= (300 if is_bounded else 500), result.stderr
+    assert Path("/proc/sys/kernel/pid_max").read_text() == machines
+
+
+@pytest.mark.parametrize(
+    ("release", "version"),
+    [("6.14.0-generic", (6, 14)), ("6.9-rc1", (6, 9)), ("5.4", (5, 4)), ("custom", (0, 0))],
+)
+def test_the_kernels_version_is_read_from_its_name(monkeypatch, release, version):
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
+    assert kernel_version() == version
 
 
 def processes_with(marker):

@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -105,6 +106,16 @@ def test_runs_of_the_same_model_count_before_others(tmp_path):
     written_run(tmp_path / "a", 1.5, model="mine")
     written_run(tmp_path / "b", 3.0, model="other")
     assert factor_from(measured_runs(tmp_path), device="L4", model="mine") == pytest.approx(1.5)
+
+
+def test_a_probe_of_the_run_counts_alone(tmp_path):
+    """Four runs of other lengths would outvote the ten steps that were just asked for."""
+    for name, ratio in (("a", 1.5), ("b", 1.6), ("c", 1.7), ("d", 1.8)):
+        written_run(tmp_path / name, ratio, model="mine")
+    *earlier, last = measured_runs(tmp_path)
+    runs = [*earlier, replace(last, is_probe=True)]
+    assert factor_from(runs, device="L4", model="mine") == pytest.approx(1.8)
+    assert factor_from(runs, device="H100", model="mine") is None
 
 
 def test_phases_of_the_same_model_on_the_device_replace_guesses(tmp_path):

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import resource
 import signal
 import struct
@@ -42,6 +43,9 @@ _MS_PRIVATE_ALL = (1 << 18) | (1 << 14)
 _ATTRIBUTE_READ_ONLY, _AT_RECURSIVE = 1, 0x8000
 _DETACH = 2
 _UNPRIVILEGED_ID = 65534
+_FIRST_WITH_OWN_PROCESS_IDS = (6, 14)
+_LEAST_PROCESS_ID_LIMIT, _OWN_PROCESSES = 301, 8
+"""The kernel takes no smaller one."""
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _MIB = 1 << 20
 
@@ -94,6 +98,7 @@ def main() -> None:
     if stage == "landlock":
         _enter_namespaces()
         _become_init()
+        _limit_processes(order["num_processes"])
         _enter_own_root(order)
     os.chdir(order["folder"])
     _write_files(order)
@@ -106,6 +111,12 @@ def main() -> None:
 def landlock_version() -> int:
     """The Landlock interface of this kernel, 0 where it has none or it is switched off."""
     return max(_libc.syscall(_CREATE_RULESET, None, 0, _VERSION_FLAG), 0)
+
+
+def kernel_version() -> tuple[int, int]:
+    """Of the running kernel, such as (6, 14); (0, 0) where its name has no version."""
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def _call_number(name: str) -> int:
@@ -129,6 +140,18 @@ def _become_init() -> None:
     if child:
         os._exit(_exit_code(os.waitpid(child, 0)[1]))
     _checked("prctl", _libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0))
+
+
+def _limit_processes(num_processes: int) -> None:
+    """Bound the new namespace's process ids: RLIMIT_NPROC does not hold for the administrator.
+
+    A watcher is too slow for a fork bomb on a busy machine. Before Linux 6.14 the same file is the
+    whole machine's, and is left alone.
+    """
+    if kernel_version() >= _FIRST_WITH_OWN_PROCESS_IDS:
+        largest = max(_LEAST_PROCESS_ID_LIMIT, num_processes + _OWN_PROCESSES)
+        with contextlib.suppress(OSError):
+            Path("/proc/sys/kernel/pid_max").write_text(str(largest))
 
 
 def _fork_program() -> None:

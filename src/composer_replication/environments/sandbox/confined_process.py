@@ -195,14 +195,15 @@ class ConfinedProcess:
 
     def _reached_limit(self) -> Ending | None:
         family = self._family()
+        # The kernel counts for other users; it never counts the administrator's processes. First,
+        # for where they multiply they take the memory too, and each look at it lets them go on.
+        if len(family) > self._limits.num_processes + 4:
+            return "processes"
         num_bytes = 0
         for process in family:
             with contextlib.suppress(psutil.Error):
                 num_bytes += process.memory_info().rss
-        if num_bytes > self._limits.memory_mib * _MIB:
-            return "memory"
-        # The kernel counts for other users; it never counts the administrator's processes.
-        return "processes" if len(family) > self._limits.num_processes + 4 else None
+        return "memory" if num_bytes > self._limits.memory_mib * _MIB else None
 
     def _family(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
