@@ -30,7 +30,6 @@ SHORT = {
 CASES: dict[str, dict[str, object]] = {
     "all three channels, live teacher, packed": SHORT | {"teacher": "live"},
     "all three channels, EMA teacher, separate": SHORT | {"tree": "off"},
-    "GRPO alone, LoRA": SHORT | {"alpha_sdpo": 0, "beta_replay": 0, "lora.r": 8},
 }
 
 
