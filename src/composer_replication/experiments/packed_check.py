@@ -31,7 +31,7 @@ MAX_HALF_ERROR = 0.3
 """Half precision rounds every activation: two orders of the same sums differ by a tenth. A term
 that is left out differs by 1."""
 MAX_ROWS = 2
-"""Rollouts compared: two share their prompt, more add nothing but time. Each comparison, of the
+"""Rollouts compared: two of a prompt share it, more add nothing but time. Each comparison, of the
 whole and of every term, costs two forwards and backwards of all that the micro-batch holds."""
 
 
@@ -46,9 +46,8 @@ def check_packed(
         last: for each term, `grpo` included, the last micro-batch in which it had something.
     """
     bound = MAX_ERROR if computes_in_fp32(trainer) else MAX_HALF_ERROR
-    errors = {"the whole loss": _error(trainer, _whole_loss, few_rows(latest, MAX_ROWS))}
-    for name, inputs in last.items():
-        errors[name] = _error(trainer, partial(_term, name), few_rows(inputs, MAX_ROWS))
+    errors = {"the whole loss": _error(trainer, _whole_loss, latest)}
+    errors |= {name: _error(trainer, partial(_term, name), inputs) for name, inputs in last.items()}
     worst = max(errors, key=errors.__getitem__)
     passed = errors[worst] <= bound
     cause = None
@@ -67,6 +66,7 @@ def _error(
     inputs: Inputs,
 ) -> float:
     """Norm of the difference of both gradients over that of the packed one."""
+    inputs = few_rows(inputs, MAX_ROWS, prefers_one_prompt=True)
     with undisturbed(trainer):
         policy_of(trainer).train()
         trainer.accelerator.backward(loss_of(trainer, inputs))

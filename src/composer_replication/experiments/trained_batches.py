@@ -108,13 +108,22 @@ class _WatchedCollator(ComposerDataCollator):
         return next(batch for made, batch in self._seen if made is tensors)
 
 
-def few_rows(inputs: Inputs, num_rows: int) -> Inputs:
+def few_rows(inputs: Inputs, num_rows: int, *, prefers_one_prompt: bool = False) -> Inputs:
     """Rollouts of a micro-batch cut to rows of the largest advantages; all else as it is.
+
+    Args:
+        inputs: the micro-batch.
+        num_rows: at most.
+        prefers_one_prompt: first rollouts of the prompt whose advantage is the largest.
 
     Example: `few_rows(inputs, 2)["prompt_ids"].shape[0]` -> 2.
     """
     size = len(inputs["prompt_ids"])
     advantages = inputs["advantages"].abs().reshape(size, -1).amax(dim=1)
+    if prefers_one_prompt:
+        prompts = torch.cat([inputs["prompt_ids"], inputs["prompt_mask"]], dim=1)
+        is_other = (prompts != prompts[advantages.argmax()]).any(dim=1)
+        advantages = advantages - is_other * (advantages.max() + 1)
     rows = torch.topk(advantages, min(num_rows, size)).indices.sort().values
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages",
              "tool_mask", "old_per_token_logps", "ref_per_token_logps",
