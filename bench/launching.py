@@ -126,7 +126,7 @@ def _command(folder: Path, modules: Path, *arguments: str) -> None:
     subprocess.run(
         [sys.executable, "-m", "composer_replication", *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(modules)},
+        env={**os.environ, **PROCESS_ENV, "PYTHONPATH": str(modules)},
         capture_output=True,
         text=True,
         check=True,
@@ -134,6 +134,4 @@ def _command(folder: Path, modules: Path, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    if any(os.environ.get(name) != value for name, value in PROCESS_ENV.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **PROCESS_ENV})
     sys.exit(main())

@@ -75,7 +75,12 @@ def _command(folder: str, verb: str, *arguments: str) -> dict[str, Any]:
     """What a verb prints as JSON."""
     command = [sys.executable, "-m", "composer_replication", verb, str(CONFIG), "--json"]
     done = subprocess.run(
-        [*command, *arguments], cwd=folder, capture_output=True, text=True, check=True
+        [*command, *arguments],
+        cwd=folder,
+        env={**os.environ, **PROCESS_ENV},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return json.loads(done.stdout)
 
@@ -106,6 +111,4 @@ def probe_lines() -> list[str]:
 
 
 if __name__ == "__main__":
-    if any(os.environ.get(name) != value for name, value in PROCESS_ENV.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **PROCESS_ENV})
     sys.exit(main())

@@ -41,6 +41,10 @@ def test_a_probe_states_the_median_of_its_ten_steps(config, tmp_path, monkeypatc
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    run_probe, probed = probe.run_probe, []
+    monkeypatch.setattr(
+        probe, "run_probe", lambda config: probed.append(run_probe(config)) or probed[-1]
+    )
     train, summaries = probe.run_train, []
     monkeypatch.setattr(
         probe, "run_train", lambda *args: summaries.append(train(*args)) or summaries[-1]
@@ -49,6 +53,8 @@ def test_a_probe_states_the_median_of_its_ten_steps(config, tmp_path, monkeypatc
     unprobed = here(capsys)
     assert main(["plan", config, "--on", "local", "--probe", "--json"]) == 0
     low, expected, high = here(capsys)["step_s"]
+    # Which is what lets it count alone beside earlier runs.
+    assert [measured.is_probe for measured in probed] == [True]
     (summary,) = summaries
     assert summary.steps == probe.NUM_STEPS
     assert expected == pytest.approx(summary.median_step_s, rel=1e-2, abs=1e-3)
