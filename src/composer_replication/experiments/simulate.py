@@ -17,6 +17,7 @@ from composer_replication.errors import ConfigError, ModelError
 from composer_replication.experiments.case_step import CaseStep, case_policy, case_tensors
 from composer_replication.experiments.fake_floats import FakeFloatsMemory
 from composer_replication.experiments.step_phases import OPTIMIZER, StepPhases, Stretch
+from composer_replication.losses.head import alike_tiles_skipped
 from composer_replication.planner.layer_memory import keeps_scores
 from composer_replication.planner.memory import MemoryEstimate
 from composer_replication.planner.run_memory import Predictor
@@ -48,7 +49,7 @@ def simulate(case: StepCase) -> MemoryEstimate:
         )
     tensors = case_tensors(case)
     shallow_depth, deep_depth = _two_depths(case)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), alike_tiles_skipped():
         # Copying a teacher asks each tensor for its address, and copes without one.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         shallow, deep = (

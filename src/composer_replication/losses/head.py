@@ -5,7 +5,10 @@ entropies are in nats. Projections and sums run in fp32 whatever the inputs' pre
 fp64): rounding logits to bf16 moves a divergence of nearly equal distributions by 10 % and more.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, overload
 
@@ -26,6 +29,9 @@ rather than load; not measured yet."""
 
 _CAST_ROWS = 16_384
 """Vocabulary rows of a half-precision head upcast at once: 64 MiB at hidden size 1024."""
+
+_MOST_ALIKE: ContextVar[int | None] = ContextVar("most_alike", default=None)
+"""Tiles of a kind that are walked; None: all. See `alike_tiles_skipped`."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -162,10 +168,39 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if is_double else torch.float32
 
 
-def tiles(num_rows: int, tile_rows: int) -> Iterator[slice]:
-    """Slices that cover `num_rows` rows, `tile_rows` at a time."""
-    for start in range(0, num_rows, tile_rows):
-        yield slice(start, min(start + tile_rows, num_rows))
+def tiles(
+    num_rows: int, tile_rows: int, kind_of: Callable[[int], Hashable] = lambda _: None
+) -> Iterator[slice]:
+    """Slices that cover `num_rows` rows, `tile_rows` at a time.
+
+    Args:
+        num_rows: of all tiles.
+        tile_rows: of each but the last.
+        kind_of: of a tile by its number; tiles of equal length and kind allocate alike.
+    """
+    most_alike, walked = _MOST_ALIKE.get(), Counter[Hashable]()
+    for tile, start in enumerate(range(0, num_rows, tile_rows)):
+        stop = min(start + tile_rows, num_rows)
+        if most_alike is not None:
+            kind = (stop - start, kind_of(tile))
+            walked[kind] += 1
+            if walked[kind] > most_alike:
+                continue
+        yield slice(start, stop)
+
+
+@contextmanager
+def alike_tiles_skipped() -> Iterator[None]:
+    """Walk two tiles of each kind and leave out the others, whose values stay unset.
+
+    For tensors that have sizes and no values: what a step allocates, its first two alike tiles say.
+    The second of them meets what the first left behind, as every later one would.
+    """
+    token = _MOST_ALIKE.set(2)
+    try:
+        yield
+    finally:
+        _MOST_ALIKE.reset(token)
 
 
 def tempered_logits(

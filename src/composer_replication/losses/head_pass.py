@@ -6,7 +6,7 @@ Letters: R hidden rows, H hidden size, N scored tokens, M compared tokens, G the
 size, n rows of a tile, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -116,11 +116,12 @@ class _HeadPass(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """All log-probs, all entropies, then the divergence if one is asked for."""
         dtype = compute_dtype(hidden, weight)
-        edges = [part.start for part in tiles(hidden.shape[0], tile_rows)] + [hidden.shape[0]]
+        edges = [*range(0, hidden.shape[0], tile_rows), hidden.shape[0]]
         logs = [_LogProbs(part, edges, dtype) for part in scored]
         divergences = None if compared is None else _Divergences(compared, edges, dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            for tile, rows in enumerate(tiles(hidden.shape[0], tile_rows)):
+            for rows in _tiles(hidden, tile_rows, logs, divergences):
+                tile = rows.start // tile_rows
                 logits = tempered_logits(hidden[rows], head, 1.0)
                 for part in logs:
                     part.score(tile, logits)
@@ -147,7 +148,8 @@ class _HeadPass(torch.autograd.Function):
         head = replace(ctx.head, weight=weight, bias=bias)
         num = len(ctx.logs)
         with torch.autocast(hidden.device.type, enabled=False):
-            for tile, rows in enumerate(tiles(hidden.shape[0], ctx.tile_rows)):
+            for rows in _tiles(hidden, ctx.tile_rows, ctx.logs, ctx.divergences):
+                tile = rows.start // ctx.tile_rows
                 logits = tempered_logits(hidden[rows], head, 1.0)
                 is_finite = logits.sum(-1).isfinite()
                 logit_grad = torch.zeros_like(logits)
@@ -162,6 +164,21 @@ class _HeadPass(torch.autograd.Function):
                 # Otherwise they stay until the next tile's logits are there.
                 del logits, logit_grad
         return (*grads.in_input_precision(), None, None, None, None)
+
+
+def _tiles(
+    hidden: Float[Tensor, "R H"],
+    tile_rows: int,
+    logs: "Sequence[_LogProbs]",
+    divergences: "_Divergences | None",
+) -> Iterator[slice]:
+    """Tiles of the hidden rows; of one kind are those with as much of every part in them."""
+
+    def kind_of(tile: int) -> tuple[int, ...]:
+        sizes = [size for part in logs for size in part.sizes(tile)]
+        return (*sizes, 0 if divergences is None else divergences.size(tile))
+
+    return tiles(hidden.shape[0], tile_rows, kind_of)
 
 
 class _LogProbs:
@@ -194,6 +211,10 @@ class _LogProbs:
             mean = weights.mul_(own.clamp_(min=torch.finfo(own.dtype).min)).sum(-1) / total
             self._row_entropy[self._rows.of(tile)] = log_total - mean
             self.entropy[entries] = self._entropy_of(tile)[position]
+
+    def sizes(self, tile: int) -> tuple[int, int]:
+        """Tokens and scored rows of a tile."""
+        return self._entries.size(tile), self._rows.size(tile)
 
     def take(self) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """The log-probs and entropies, which are no longer held here.
@@ -258,6 +279,10 @@ class _Divergences:
         """Fill in what this tile's logits say."""
         self.values[self._entries.of(tile)], _ = self._compare(tile, logits, need_grad=False)
 
+    def size(self, tile: int) -> int:
+        """Compared rows of a tile."""
+        return self._entries.size(tile)
+
     def take(self) -> Float[Tensor, " M"]:
         """The divergences, which are no longer held here; see `_LogProbs.take`."""
         values = self.values
@@ -302,6 +327,10 @@ class _ByTile:
     def first(self, tile: int) -> int:
         """How many of the given rows lie in the tiles before."""
         return self._bounds[tile]
+
+    def size(self, tile: int) -> int:
+        """How many lie in the tile."""
+        return self._bounds[tile + 1] - self._bounds[tile]
 
     def of(self, tile: int) -> Int[Tensor, " m"]:
         """Indices into the given rows."""

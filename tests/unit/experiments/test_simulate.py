@@ -1,6 +1,7 @@
 """The simulated step holds what the real one holds, in every phase."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 
 from composer_replication.cli.entry import main
 from composer_replication.errors import ConfigError, ModelError
+from composer_replication.experiments import simulate as simulation
 from composer_replication.experiments.case_step import case_policy, case_tensors
 from composer_replication.experiments.simulate import measure, simulate
+from composer_replication.losses import head, head_pass, sdpo
+from composer_replication.losses.head import tempered_logits
 from composer_replication.planner.forwards import forwards_of
 from composer_replication.planner.step_case import StepCase
 from composer_replication.step.trie import num_unique_tokens
@@ -100,6 +104,26 @@ def test_a_gpus_larger_tiles_of_the_head_are_simulated():
     on_cpu, on_gpu = (simulate(replace(case, device_type=kind)) for kind in ("cpu", "cuda"))
     more_gib = on_gpu.phases_gib["loss"] - on_cpu.phases_gib["loss"]
     assert more_gib == pytest.approx(gib((512 - 64) * 8192 * 4 * 2), rel=0.05)
+
+
+@pytest.mark.parametrize("executor", ["packed", "separate"])
+def test_leaving_out_alike_tiles_changes_nothing_but_the_time(executor, monkeypatch):
+    rows = ROWS | {"completion_tokens": 200, "num_pairs": 0}
+    model = QWEN2 | {"vocab_size": 131_072, "num_hidden_layers": 2}
+    case = StepCase(model, teacher="frozen", executor=executor, **rows)
+    projections: list[int] = []
+
+    def counted(hidden, head, temperature):
+        projections.append(hidden.shape[0])
+        return tempered_logits(hidden, head, temperature)
+
+    for module in (head, head_pass, sdpo):
+        monkeypatch.setattr(module, "tempered_logits", counted)
+    fewer = simulate(case)
+    num_fewer = len(projections)
+    monkeypatch.setattr(simulation, "alike_tiles_skipped", nullcontext)
+    assert simulate(case) == fewer
+    assert num_fewer < (len(projections) - num_fewer) / 2
 
 
 def test_an_optimizer_of_another_device_is_refused():
