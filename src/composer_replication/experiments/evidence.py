@@ -216,7 +216,7 @@ def _control(arm: Arm, train: TaskRows, seed: int) -> HintControl | None:
         return None
     if arm.control == "shuffled":
         return shuffled([site.hint for site in train.hint_sites], seed)
-    return {"wrong": wrong, "empty": empty}[arm.control]
+    return {"wrong_key": wrong, "empty": empty}[arm.control]
 
 
 def _train(

@@ -49,7 +49,7 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
         "dpo": Arm("GRPO + DPO", (SDPO,)),
         "all": Arm("GRPO + SDPO + DPO"),
         "shuffled_hint": Arm("GRPO + SDPO, shuffled hints", (DPO,), control="shuffled"),
-        "wrong_hint": Arm("GRPO + SDPO, wrong hints", (DPO,), control="wrong"),
+        "wrong_hint": Arm("GRPO + SDPO, wrong hints", (DPO,), control="wrong_key"),
         "live_teacher": Arm("GRPO + SDPO, live teacher", (DPO,), teacher="live"),
         "ema_teacher": Arm("GRPO + SDPO, EMA teacher", (DPO,), teacher="ema"),
         "kl_to_ema": Arm("GRPO + KL to the EMA", (DPO,), teacher="ema", control="empty"),

@@ -12,13 +12,12 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from composer_replication.traces.hints import HintSite
+from composer_replication.traces.hints import EXAMPLE_MARK, HintSite
 from composer_replication.training.trainer import ComposerReplicationTrainer
 
 HintControl = Callable[[Sequence[HintSite]], list[HintSite]]
 
 _TOOL = re.compile(r'"tool": "(\w+)"')
-_EXAMPLE = re.compile(r"\{.*\}")
 WRONG_KEYS = ("uri", "handle", "subject")
 """Keys that no convention of a shipped task knows."""
 
@@ -50,23 +49,27 @@ def _last_shown_call(site: HintSite) -> str:
 
 
 def wrong(sites: Sequence[HintSite]) -> list[HintSite]:
-    """Give each site a hint of the same form that names a key which no tool has.
+    """Give each site a hint of the same form that shows nothing of today's API.
+
+    Its example is the call of the first demonstration, so of the old convention, under a key
+    which no tool has. A later turn's state still holds what the environment said before it.
 
     Example: `Hint: Use the key "uri". Example of a correct call: {"tool": "read", "uri": ...}`.
     """
-    return [replace(site, hint=_wrong_hint(site.hint)) for site in sites]
+    return [replace(site, hint=_wrong_hint(site)) for site in sites]
 
 
-def _wrong_hint(hint: str) -> str:
-    found = _EXAMPLE.search(hint)
-    if found is None:
+def _wrong_hint(site: HintSite) -> str:
+    shown = next((m.content for m in site.state if m.role == "assistant"), None)
+    if shown is None:
         return f'Hint: Use the key "{WRONG_KEYS[0]}".'
-    call: Mapping[str, object] = json.loads(found[0])
-    old = next((key for key in call if key != "tool"), "tool")
+    # Not the hint's own example: a flag, a value or the form of a path is today's rule as well.
+    call: Mapping[str, object] = json.loads(shown)
+    old = next(key for key in call if key != "tool")
     # Always the same key for the same tool, so that it could be learned.
-    new = WRONG_KEYS[sum(map(ord, str(call.get("tool", "")))) % len(WRONG_KEYS)]
+    new = WRONG_KEYS[sum(map(ord, str(call["tool"]))) % len(WRONG_KEYS)]
     example = json.dumps({new if key == old else key: value for key, value in call.items()})
-    return f'Hint: Use the key "{new}".{hint[: found.start()].rpartition(".")[2]}{example}'
+    return f'Hint: Use the key "{new}". {EXAMPLE_MARK}{example}'
 
 
 def empty(sites: Sequence[HintSite]) -> list[HintSite]:
@@ -77,7 +80,7 @@ def empty(sites: Sequence[HintSite]) -> list[HintSite]:
 CONTROLS: Mapping[str, str] = MappingProxyType(
     {
         "shuffled": "the hint of another tool",
-        "wrong": "a hint of the same form that names a key no tool has",
+        "wrong_key": "a hint of the same form: the old call under a key that no tool has",
         "empty": "no hint at all",
     }
 )
