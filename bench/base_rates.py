@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from composer_replication.environments.protocol import Observation, TextEnvironment
 from composer_replication.environments.registry import environment_class
 from composer_replication.experiments.doctor import cpu_bf16_line
-from composer_replication.experiments.task_registry import TASKS, task_rows
+from composer_replication.experiments.task_registry import TASKS, find_task, task_rows
 from composer_replication.training.model_source import load_model
 
 
@@ -50,6 +50,7 @@ class Episode:
 def started_episodes(args: argparse.Namespace) -> list[Episode]:
     """Group by group, `args.group_size` fresh episodes of one prompt."""
     knobs = {key: json.loads(value) for key, _, value in (t.partition("=") for t in args.knobs)}
+    find_task(args.task).check_knobs(knobs)
     rows = task_rows(args.task, args.split, seed=args.seed, num_episodes=args.groups, **knobs)
     episodes: list[Episode] = []
     for row in rows.prompts:

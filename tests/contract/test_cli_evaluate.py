@@ -217,6 +217,7 @@ REFUSALS = {
     "nothing to play": (["smollm2-135m"], "--task names a shipped task"),
     "unknown task": (["smollm2-135m", "--task", "api_drfit"], "'api_drift'"),
     "unknown knob": (["smollm2-135m", "--task", "call_format", "--set", "demos=1"], "num_demos"),
+    "split as a knob": (["m", "--task", "call_format", "--set", "split=train"], "knob 'split'"),
     "bad knob": (["smollm2-135m", "--task", "call_format", "--set", "demos"], "KEY=VALUE"),
     "bad split": (["smollm2-135m", "--task", "call_format", "--split", "test"], "split 'test'"),
     "two sources": (["smollm2-135m", "--task", "call_format", "--data", "d"], "Drop one"),

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from composer_replication.cli import main
+from composer_replication.cli.evaluate_options import asked_evaluation
 from composer_replication.cli.verb import find_verb, parse_options
-from composer_replication.cli.verbs import VERBS
+from composer_replication.cli.verbs import HELP, VERBS
 from composer_replication.config.loading import load_config
+from composer_replication.experiments.evaluation_data import task_data
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,6 +86,27 @@ def test_a_documented_command_is_one_the_program_takes(command):
     config = getattr(options, "config", None)
     if config is not None and config.parts[0] == "configs":
         load_config(ROOT / config, options.set)
+
+
+def evaluate_lines():
+    """Every `evaluate` that a page, a help text or an error advises."""
+    helps = [HELP, *(verb.epilog for verb in VERBS)]
+    lines = [*OURS, *(line.strip() for text in helps for line in text.splitlines())]
+    return sorted({line for line in lines if line.startswith("composer-replication evaluate ")})
+
+
+@pytest.mark.parametrize("command", evaluate_lines())
+def test_a_documented_evaluation_has_episodes_to_play(command):
+    arguments = shlex.split(command)[1:]
+    asked = asked_evaluation(parse_options(find_verb(arguments, VERBS), arguments[1:]))
+    if asked.task is not None:
+        assert len(asked.episodes().prompts) == (asked.num_episodes or 24)
+
+
+def test_the_knob_that_an_error_advises_is_one(capsys):
+    assert main(["evaluate", "m", "--task", "call_format", "--set", "demos"]) == 2
+    advised = re.search(r"Write for example --set (\w+)=(\w+)\.", capsys.readouterr().err)
+    assert task_data("call_format", knobs={advised[1]: json.loads(advised[2])}).prompts
 
 
 @pytest.mark.parametrize("command", MAKE)

@@ -13,7 +13,11 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 def run(monkeypatch, name, *arguments):
     monkeypatch.setattr(sys, "argv", [name, *arguments])
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    try:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def test_the_plain_loop_trains_all_three_channels_without_trl(monkeypatch, capsys, tiny_model_dir):
@@ -58,18 +62,8 @@ def test_the_plain_loop_imports_no_trl_and_stays_short():
 )
 def test_the_data_script_writes_a_folder_that_a_run_takes(monkeypatch, tmp_path, task, knob):
     folder = tmp_path / "data"
-    run(
-        monkeypatch,
-        "make_task_data.py",
-        task,
-        str(folder),
-        "--seed",
-        "3",
-        "--set",
-        knob,
-        "--episodes",
-        "9",
-    )
+    flags = ["--seed", "3", "--set", knob, "--episodes", "9"]
+    assert run(monkeypatch, "make_task_data.py", task, str(folder), *flags) == 0
     data = load_run_data(str(folder))
     assert data.task == task
     assert len(data.prompts) == 9
@@ -77,3 +71,15 @@ def test_the_data_script_writes_a_folder_that_a_run_takes(monkeypatch, tmp_path,
     assert len(data.pairs) > 0
     name, _, value = knob.partition("=")
     assert {row[name] for row in data.prompts} == {int(value)}
+
+
+@pytest.mark.parametrize(
+    ("knob", "match"),
+    [("seed=3", "no knob 'seed'"), ("split=train", "no knob 'split'"), ("num_demos=x", "must be")],
+)
+def test_the_data_script_refuses_what_is_no_knob(monkeypatch, tmp_path, capsys, knob, match):
+    folder = tmp_path / "data"
+    code = run(monkeypatch, "make_task_data.py", "call_format", str(folder), "--set", knob)
+    assert code == 2
+    assert match in capsys.readouterr().err
+    assert not folder.exists()

@@ -27,6 +27,7 @@ CALL_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 SYSTEM_TEXT = "You are a helpful AI assistant. Reply with one JSON tool call."
 MAX_DEMOS = 6
+ALL_DEMOS = -1
 
 _REQUESTS = {
     "read": "Read {path}.",
@@ -50,8 +51,9 @@ class FormatSpec:
     """Content pool: `train`, `validation` or `heldout`."""
     num_demos: int = 3
     """Calls shown before the request, 0 to 6."""
-    num_matching_demos: int = 3
-    """How many of them show the tool that the request asks for."""
+    num_matching_demos: int = ALL_DEMOS
+    """How many of them show the tool that the request asks for; -1: all, and the field says how
+    many that are."""
 
     def __post_init__(self) -> None:
         if self.split not in POOLS:
@@ -63,10 +65,12 @@ class FormatSpec:
                 f"num_demos is {self.num_demos}; the task shows 0 to {MAX_DEMOS} calls. "
                 f"Choose 0 to {MAX_DEMOS}."
             )
+        if self.num_matching_demos == ALL_DEMOS:
+            object.__setattr__(self, "num_matching_demos", self.num_demos)
         if not 0 <= self.num_matching_demos <= self.num_demos:
             raise DataError(
                 f"num_matching_demos is {self.num_matching_demos} and num_demos is "
-                f"{self.num_demos}. Choose 0 to {self.num_demos}."
+                f"{self.num_demos}. Choose 0 to {self.num_demos}, or {ALL_DEMOS} for all."
             )
 
 

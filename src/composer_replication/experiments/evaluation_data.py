@@ -14,7 +14,7 @@ from composer_replication.errors import ConfigError, DataError, InputError
 from composer_replication.experiments.evaluate import MAX_ACTION_TOKENS, MAX_TURNS
 from composer_replication.experiments.judge_checks import find_judge
 from composer_replication.experiments.run_data import load_run_data, shipped_data
-from composer_replication.experiments.task_registry import SPLITS, task_rows
+from composer_replication.experiments.task_registry import SPLITS, find_task, task_rows
 from composer_replication.planner.run_shape import count
 from composer_replication.runs.followed_run import FollowedRun
 from composer_replication.traces.json_lines import Row
@@ -66,6 +66,8 @@ def task_data(
         ConfigError: no such task, split or knob.
         DataError: a number out of its range.
     """
+    # Before it is spread over arguments, where a knob `split` would be the split.
+    find_task(name).check_knobs(knobs or {})
     rows = task_rows(name, split, seed=seed, num_episodes=num_episodes, **(knobs or {}))
     shown = "".join(f", {key}={value}" for key, value in (knobs or {}).items())
     return EvaluationData(f"{name}, {split}, seed {seed}{shown}", name, rows.prompts, rows.pairs)

@@ -8,7 +8,7 @@ Success is a reward of 1 in every task, and held-out data has other content. Dat
 shares no prompt with this one's, but for `reasoning_gym`, where a question may come again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -39,7 +39,7 @@ TASK_SEEDS_PER_SEED = 1000
 class Task:
     """One shipped task.
 
-    Example: `TASKS["call_format"].knobs()` -> `{"num_demos": 3, "num_matching_demos": 3}`.
+    Example: `TASKS["fix_call"].knobs()` -> `{"drift_seed": 0, "num_teachers": 3}`.
     """
 
     name: str
@@ -58,6 +58,18 @@ class Task:
             for part in fields(self.spec_class)
             if part.name not in ("task_seed", "split")
         }
+
+    def check_knobs(self, names: Iterable[str]) -> None:
+        """Refuse what is no knob: split, seed and the number of episodes have options of their own.
+
+        Raises:
+            ConfigError: there is no such knob.
+        """
+        for name in names:
+            if name not in self.knobs():
+                raise ConfigError(
+                    f"The task {self.name} has no knob {name!r}. {nearest(name, self.knobs())}"
+                )
 
 
 _SHIPPED = (
@@ -99,11 +111,7 @@ def task_rows(
     task = find_task(name)
     if split not in SPLITS:
         raise ConfigError(f"There is no split {split!r}. {nearest(split, SPLITS)}")
-    for knob in knobs:
-        if knob not in task.knobs():
-            raise ConfigError(
-                f"The task {name} has no knob {knob!r}. {nearest(knob, task.knobs())}"
-            )
+    task.check_knobs(knobs)
     like = "heldout" if split == "validation" else split
     count = task.num_episodes[like] if num_episodes is None else num_episodes
     if seed < 0:

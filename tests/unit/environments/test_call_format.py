@@ -102,6 +102,15 @@ def test_reset_forgets_the_episode_before():
     assert environment.get_reward() == 1.0
 
 
+@pytest.mark.parametrize("num_demos", range(7))
+def test_unless_it_is_said_otherwise_all_demonstrations_show_the_tool(num_demos):
+    spec = FormatSpec(task_seed=5, num_demos=num_demos)
+    assert spec.num_matching_demos == num_demos
+    assert spec == FormatSpec(task_seed=5, num_demos=num_demos, num_matching_demos=num_demos)
+    with pytest.raises(DataError, match="or -1 for all"):
+        FormatSpec(task_seed=5, num_demos=num_demos, num_matching_demos=num_demos + 1)
+
+
 @pytest.mark.parametrize("split", ["train", "heldout"])
 @pytest.mark.parametrize(("num_demos", "num_matching"), [(3, 2), (3, 3), (3, 0), (0, 0), (6, 6)])
 def test_no_demonstration_and_no_hint_holds_an_answer(split, num_demos, num_matching):
@@ -151,7 +160,7 @@ def test_a_function_call_gives_the_same_reward_as_text(tool):
         ({"task_seed": 3, "num_demo": 2}, "num_demos"),
         ({"task_seed": 3, "split": "test"}, "no split"),
         ({"task_seed": 3, "num_demos": 7}, "0 to 6"),
-        ({"task_seed": 3, "num_demos": 2}, "Choose 0 to 2"),
+        ({"task_seed": 3, "num_demos": 2, "num_matching_demos": 3}, "Choose 0 to 2"),
         ({"task_seed": 3, "prompt": [{"role": "user", "content": "hi"}]}, "Make the data again"),
     ],
 )

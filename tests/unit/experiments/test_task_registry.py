@@ -7,6 +7,7 @@ import pytest
 from composer_replication.config.execution_sections import SHIPPED_ENVIRONMENTS
 from composer_replication.environments.registry import ENVIRONMENTS, environment_class
 from composer_replication.errors import ConfigError, DataError
+from composer_replication.experiments.evaluation_data import task_data
 from composer_replication.experiments.run_data import load_run_data
 from composer_replication.experiments.task_registry import TASKS, task_rows, write_task
 
@@ -78,6 +79,13 @@ def test_a_written_folder_is_what_a_run_reads(name, tmp_path):
     assert data.pairs == task_rows(name, "train", num_episodes=16).pairs
     heldout = load_run_data(str(tmp_path / "heldout"))
     assert len(heldout.prompts) == manifest["counts"]["heldout"]["prompts"] >= 8
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("knob", ["split", "seed", "num_episodes", "name", "task_seed"])
+def test_what_has_an_option_of_its_own_is_no_knob(name, knob):
+    with pytest.raises(ConfigError, match=f"The task {name} has no knob '{knob}'"):
+        task_data(name, knobs={knob: 3})
 
 
 @pytest.mark.parametrize(
