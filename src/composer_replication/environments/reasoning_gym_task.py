@@ -1,7 +1,8 @@
 """Single-turn tasks of the package reasoning-gym: about a hundred procedural question generators.
 
 Reward 1 for an answer with the generator's full score, else 0: partial scores of some generators
-reward any text at all. A question belongs to one split by its own hash, whatever its seed.
+reward any text at all. A question belongs to one split by its own hash, whatever its seed. Scorers
+that would execute an answer, or that pay for any, are refused.
 """
 
 import functools
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from composer_replication.environments.action_json import END_TOKENS
+from composer_replication.environments.gym_scorers import evaluating_names
 from composer_replication.environments.protocol import Observation, ToolError
 from composer_replication.environments.spec_rows import read_spec
 from composer_replication.errors import ConfigError, DataError, MissingDependencyError, nearest
@@ -19,6 +21,8 @@ from composer_replication.errors import ConfigError, DataError, MissingDependenc
 SPLITS = ("train", "heldout")
 _NUM_DRAWS = 24
 """Questions drawn for one task seed; about half of them belong to each split."""
+_NO_ANSWERS = ("no such answer", "-7919.53", "[[]]")
+"""What answers no question; a scorer that pays for one of them pays for guessing."""
 _SYSTEM_TEXT = "You are a helpful AI assistant. Reply with the answer only."
 
 
@@ -167,7 +171,7 @@ def is_right(generator: _Generator, entry: _Entry, action: str) -> bool:
         # Exactly 1: spell_backward adds up to a little more for the answer with text after it.
         return bool(text) and generator.score_answer(text, entry) == 1.0
     # Some generators parse the answer and raise on what is none.
-    except Exception:
+    except (Exception, SystemExit):
         return False
 
 
@@ -181,9 +185,17 @@ def _questions(spec: GymSpec) -> tuple[_Generator, list[_Entry]]:
             "The task reasoning_gym needs the package reasoning-gym. "
             "Run: pip install 'composer-replication[reasoning-gym]'"
         ) from error
-    name, names = spec.dataset, cast(Mapping[str, object], reasoning_gym.factory.DATASETS)
+    name, names = spec.dataset, cast(Mapping[str, tuple[type, ...]], reasoning_gym.factory.DATASETS)
     if name not in names:
         raise ConfigError(f"reasoning-gym has no generator {name!r}. {nearest(name, names)}")
+    evaluating = evaluating_names(names[name][0])
+    if evaluating:
+        raise ConfigError(
+            f"The generator {name!r} judges answers with {' and '.join(evaluating)}, which can "
+            "execute what a model wrote, in this process and with your rights. Choose another; "
+            "docs/data.md says which are refused. Code is judged by hidden tests in a sandbox: "
+            "docs/sandbox.md."
+        )
     # A generator seeds its question i with seed + i: the ranges of two seeds must not meet.
     seed = spec.task_seed * _NUM_DRAWS
     try:
@@ -191,18 +203,11 @@ def _questions(spec: GymSpec) -> tuple[_Generator, list[_Entry]]:
         made = reasoning_gym.create_dataset(name, size=_NUM_DRAWS, seed=seed, **settings)
         generator = cast(_Generator, made)
         entries = [generator[index] for index in range(_NUM_DRAWS)]
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, AttributeError) as error:
         raise ConfigError(
             f"The generator {name!r} does not take settings = {spec.settings!r}: {error}. "
             "Give a JSON object of its own settings."
         ) from error
-    first = entries[0]
-    has_answer = isinstance(first["answer"], str)
-    if not has_answer or generator.score_answer(first["answer"], first) != 1.0:
-        raise ConfigError(
-            f"The generator {name!r} stores no answer of full score, so no hint and no pair could "
-            "be made. Choose another."
-        )
     wants_heldout = spec.split == "heldout"
     fitting = [entry for entry in entries if _is_heldout(entry["question"]) == wants_heldout]
     if not fitting:
@@ -210,7 +215,23 @@ def _questions(spec: GymSpec) -> tuple[_Generator, list[_Entry]]:
             f"The generator {name!r} with settings {spec.settings} has no question for the split "
             f"{spec.split!r} at task_seed {spec.task_seed}. Widen its settings."
         )
+    _check_scores(generator, fitting[0], spec)
     return generator, fitting
+
+
+def _check_scores(generator: _Generator, entry: _Entry, spec: GymSpec) -> None:
+    if not isinstance(entry["answer"], str) or not is_right(generator, entry, entry["answer"]):
+        raise ConfigError(
+            f"The generator {spec.dataset!r} stores no answer of full score at task_seed "
+            f"{spec.task_seed}, so no hint and no pair could be made. Choose another."
+        )
+    paid = [text for text in _NO_ANSWERS if is_right(generator, entry, text)]
+    if paid:
+        raise ConfigError(
+            f"The generator {spec.dataset!r} gives its full score at task_seed {spec.task_seed} to "
+            f"the answer {paid[0]!r}, so every text would be rewarded and nothing learned. "
+            "Choose another."
+        )
 
 
 def _is_heldout(question: str) -> bool:

@@ -1,9 +1,11 @@
+import ast
 import inspect
 
 import pytest
 from transformers.utils import get_json_schema
 
 from composer_replication.environments import reasoning_gym_task
+from composer_replication.environments.gym_scorers import evaluating_names
 from composer_replication.environments.protocol import TextEnvironment, ToolError
 from composer_replication.environments.reasoning_gym_task import (
     GymSpec,
@@ -112,6 +114,10 @@ def test_its_one_tool_is_answer():
         ({"num_demos": "1"}, DataError, "must be int"),
         ({"prompt": [{"role": "user", "content": "hi"}]}, DataError, "Make the data again"),
         ({"num_demos": 80}, DataError, "too few answers"),
+        ({"dataset": "binary_matrix"}, ConfigError, "judges answers with eval, which can execute"),
+        ({"dataset": "countdown"}, ConfigError, "with parse_expr and sympy, which can execute"),
+        ({"dataset": "game_of_life_halting"}, ConfigError, "full score at .* 'no such answer'"),
+        ({"dataset": "composite", "settings": '{"datasets": [{}]}'}, ConfigError, "does not take"),
     ],
 )
 def test_a_row_that_cannot_be_asked_is_refused(row, error, match):
@@ -126,3 +132,87 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch):
     reasoning_gym_task._questions.cache_clear()
     with pytest.raises(MissingDependencyError, match=r"composer-replication\[reasoning-gym\]"):
         ReasoningGym().reset(task_seed=0)
+
+
+def test_a_scorer_that_ends_the_process_ends_nothing():
+    class Ending:
+        def score_answer(self, answer, entry):
+            raise SystemExit(answer)
+
+    assert not reasoning_gym_task.is_right(Ending(), {}, "3")
+
+
+def test_every_generator_whose_scorer_can_execute_an_answer_is_found():
+    from reasoning_gym.factory import DATASETS
+
+    found = {name for name, (kind, _) in DATASETS.items() if evaluating_names(kind)}
+    assert found == {
+        "binary_matrix", "bitwise_arithmetic", "countdown", "intermediate_integration", "n_queens",
+        "number_sorting", "polynomial_multiplication", "puzzle24", "simple_integration",
+        "spiral_matrix", "string_insertion",
+    }  # fmt: skip
+
+
+def evaluates(text):
+    return eval(text)
+
+
+class Evaluator:
+    def judge(self, text):
+        return evaluates(text)
+
+
+class FromAClass:
+    def score_answer(self, answer, entry):
+        return Evaluator().judge(answer)
+
+
+class FromAProperty:
+    @property
+    def judge(self):
+        return [evaluates(text) for text in ("1",)]
+
+    def score_answer(self, answer, entry):
+        return self.judge
+
+
+class FromAnInnerFunction:
+    @staticmethod
+    def judge(text):
+        def inner():
+            from sympy import parse_expr as parse
+
+            return parse(text)
+
+        return inner()
+
+    def score_answer(self, answer, entry):
+        return self.judge(answer)
+
+
+class Inherited(FromAClass):
+    pass
+
+
+class Harmless:
+    """Its questions are evaluated, its answers are not."""
+
+    def __getitem__(self, index):
+        return {"answer": evaluates("1")}
+
+    def score_answer(self, answer, entry):
+        return ast.literal_eval(answer) == entry["answer"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (FromAClass, ["eval"]),
+        (FromAProperty, ["eval"]),
+        (FromAnInnerFunction, ["parse_expr", "sympy"]),
+        (Inherited, ["eval"]),
+        (Harmless, []),
+    ],
+)
+def test_what_a_scorer_reaches_is_found_wherever_it_stands(kind, names):
+    assert evaluating_names(kind) == names
