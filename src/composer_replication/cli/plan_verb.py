@@ -22,7 +22,7 @@ max_steps is planned as a train run, any other as a smoke (1,800 s and 5 USD by 
 
 examples:
   composer-replication plan configs/smoke_qwen2.5_0.5b.toml
-  composer-replication plan configs/train_qwen2.5_7b.toml --on modal --gpu H100 --budget 40
+  composer-replication plan configs/train_qwen2.5_7b.toml --on modal --gpu H100 --budget 150
   composer-replication plan configs/smoke_qwen2.5_0.5b.toml --gpu L4 --solve max_length
 
 exit codes: 0 there is a place, 1 nothing fits, 2 your input, or everything is over the cap"""

@@ -1,5 +1,6 @@
 """`Candidate`: one place to run, with the memory, the seconds and the dollars of the run there."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,13 @@ from composer_replication.planner.cost import SMOKE_TIMEOUT_S, Cost, estimate, t
 from composer_replication.planner.hardware import Gpu
 from composer_replication.planner.memory import predict
 from composer_replication.planner.prices import PriceTable
-from composer_replication.planner.run_memory import Predictor, RunMemory, run_memory, weights_gib
+from composer_replication.planner.run_memory import (
+    Predictor,
+    RunMemory,
+    run_memory,
+    sharded_memory,
+    weights_gib,
+)
 from composer_replication.planner.run_shape import RunShape
 from composer_replication.planner.throughput import (
     Range,
@@ -58,6 +65,10 @@ class Candidate:
     place: Place
     shape: RunShape
     memory: RunMemory
+    whole_gib: float
+    """Of each card where every one holds the whole step, as `train` does it."""
+    is_sharded: bool
+    """Several cards of which none holds the whole step: `memory` spreads it by formula (FSDP)."""
     terms_s: dict[str, Range]
     step_s: Range
     bare_step_s: float
@@ -67,6 +78,8 @@ class Candidate:
     worst_usd: float
     usd_per_hour: float
     timeout_s: float
+    num_attempts: int
+    """The first and its retries."""
     memory_request_gib: float
     """RAM that a container asks for."""
     is_calibrated: bool
@@ -77,9 +90,31 @@ class Candidate:
         return self.memory.peak_gib <= self.place.capacity_gib
 
     @property
+    def obstacle(self) -> str | None:
+        """Why a run that fits cannot go there, in two words; None: it can."""
+        if self.place.gpu is not None and not self.place.gpu.has_bf16 and self.shape.uses_bf16:
+            return "no bf16"
+        return "FSDP only" if self.is_sharded else None
+
+    @property
+    def is_launchable(self) -> bool:
+        """Whether `train` and `smoke` can run it there: it fits, and nothing else forbids it."""
+        return self.fits and self.obstacle is None
+
+    @property
     def wall_s(self) -> float:
-        """Expected seconds from the command to its end."""
+        """Expected seconds from the command to the end of the whole run."""
         return self.clock.total_s.expected
+
+    @property
+    def call_s(self) -> float:
+        """The most that one call may take: every attempt at its time-out; a local one has none."""
+        return math.inf if self.place.where == "local" else self.num_attempts * self.timeout_s
+
+    @property
+    def ends_in_one_call(self) -> bool:
+        """Whether the expected run is done within its attempts."""
+        return self.wall_s <= self.call_s
 
 
 def make_candidate(
@@ -103,10 +138,14 @@ def make_candidate(
         factor: measured seconds over predicted ones on this device; None: not known.
         measured_s: seconds of phases that earlier runs of this model took there.
     """
-    speed = place.speed if place.gpu is None else gpu_speed(place.gpu, shape.case)
+    speed = place.speed if place.gpu is None else gpu_speed(place.gpu, shape)
     assert speed is not None, "a CPU place knows its speed"
     num_gpus = max(place.num_gpus, 1)
-    seconds = step_terms(shape, speed, num_gpus)
+    memory = whole = run_memory(shape, num_gpus, predictor)
+    is_sharded = num_gpus > 1 and shape.verb != "evaluate" and whole.peak_gib > place.capacity_gib
+    if is_sharded:
+        memory = sharded_memory(shape, num_gpus)
+    seconds = step_terms(shape, speed, num_gpus, is_sharded=is_sharded)
     bare = step_range(seconds)
     step_s = bare
     if factor is not None:
@@ -137,19 +176,21 @@ def make_candidate(
         )
 
     is_remote = place.where == "modal"
-    expected_s = min(clock.total_s.expected, limit_s)
     return Candidate(
         place=place,
         shape=shape,
-        memory=run_memory(shape, num_gpus, predictor),
+        memory=memory,
+        whole_gib=whole.peak_gib,
+        is_sharded=is_sharded,
         terms_s=seconds,
         step_s=step_s,
         bare_step_s=bare.expected,
         clock=clock,
-        expected_usd=bill(expected_s).usd if is_remote else 0.0,
+        expected_usd=bill(clock.total_s.expected).usd if is_remote else 0.0,
         worst_usd=bill(limit_s).worst_usd if is_remote else 0.0,
         usd_per_hour=bill(0.0).usd_per_hour if is_remote else 0.0,
         timeout_s=limit_s,
+        num_attempts=modal.retries + 1,
         memory_request_gib=memory_gib,
         is_calibrated=factor is not None,
     )

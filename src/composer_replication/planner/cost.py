@@ -149,11 +149,6 @@ def affordable_s(budget_usd: float, usd_per_hour: float, *, retries: int = 0) ->
     return budget_usd / usd_per_hour * _HOUR_S / (retries + 1)
 
 
-def deadline_s(budget_usd: float, spent_usd: float, usd_per_hour: float) -> float:
-    """Seconds that the rest of the cap buys: a run that is restarted gets no new cap."""
-    return max(affordable_s(budget_usd - spent_usd, usd_per_hour), 0.0)
-
-
 def check_budget(budget_usd: float) -> float:
     """`budget_usd` where it is a cap that something could stay under.
 
@@ -169,19 +164,39 @@ def check_budget(budget_usd: float) -> float:
 
 
 def check_cap(
-    worst_usd: float, budget_usd: float, usd_per_hour: float, *, retries: int, timeout_s: float
+    worst_usd: float,
+    budget_usd: float,
+    usd_per_hour: float,
+    *,
+    retries: int,
+    timeout_s: float,
+    expected_s: float,
 ) -> None:
     """Refuse a run whose worst case is over the cap, with what would fit under it.
+
+    Args:
+        worst_usd: of every attempt at its time-out.
+        budget_usd: the cap.
+        usd_per_hour: of the container.
+        retries: attempts after the first.
+        timeout_s: of each attempt.
+        expected_s: of the whole run; a shorter time-out is said to end it unfinished.
 
     Raises:
         BudgetError: the numbers, and both ways out.
     """
     if worst_usd <= budget_usd:
         return
-    fitting_s = affordable_s(budget_usd, usd_per_hour, retries=retries)
+    fitting_s = math.floor(affordable_s(budget_usd, usd_per_hour, retries=retries))
+    is_cut = ""
+    if fitting_s < expected_s:
+        is_cut = f", and end the run unfinished: it is expected to take {math.ceil(expected_s)} s"
+        once_s = math.floor(affordable_s(budget_usd, usd_per_hour))
+        if once_s >= expected_s:
+            is_cut += f" (with modal.retries = 0 a time-out of {once_s} s would hold it)"
     raise BudgetError(
         f"The worst case is {worst_usd:.2f} USD ({usd_per_hour:.2f} USD an hour x {retries + 1} "
         f"attempts x a time-out of {timeout_s:.0f} s), over the cap of {budget_usd:g} USD. A "
-        f"time-out of {math.floor(fitting_s)} s would fit under it; a cap of "
+        f"time-out of {fitting_s} s would fit under it{is_cut}; a cap of "
         f"{math.ceil(worst_usd * 100) / 100:.2f} USD would hold this run."
     )

@@ -24,22 +24,22 @@ class Decision:
 
 
 def decide(candidates: Sequence[Candidate], *, budget_usd: float | None, retries: int) -> Decision:
-    """The cheapest place that fits; local before remote unless remote ends sooner by its set-up."""
-    fitting = [c for c in candidates if c.fits]
-    if not fitting:
+    """The cheapest place that can run it, and a local one unless set-up pays."""
+    possible = [c for c in candidates if c.is_launchable]
+    if not possible:
         return Decision(None, _nothing_fits(candidates), EXIT_NOTHING_FITS)
-    allowed = [c for c in fitting if budget_usd is None or c.worst_usd <= budget_usd]
+    allowed = [c for c in possible if budget_usd is None or c.worst_usd <= budget_usd]
     if not allowed:
         assert budget_usd is not None, "only a cap forbids what fits"
-        return Decision(None, _over_cap(fitting, budget_usd, retries), EXIT_OVER_CAP)
+        return Decision(None, _over_cap(possible, budget_usd, retries), EXIT_OVER_CAP)
     local = min((c for c in allowed if _is_local(c)), key=lambda c: c.wall_s, default=None)
     remote = min((c for c in allowed if not _is_local(c)), key=_remote_order, default=None)
     if local is None:
         assert remote is not None, "something is allowed"
-        return Decision(remote, _why_remote(remote, candidates), EXIT_DONE)
+        return Decision(remote, _why_remote(remote, candidates, budget_usd), EXIT_DONE)
     if remote is None:
         return Decision(local, _why_alone(local), EXIT_DONE)
-    if local.wall_s - remote.wall_s > remote.clock.setup_s:
+    if remote.ends_in_one_call and local.wall_s - remote.wall_s > remote.clock.setup_s:
         text = (
             f"{remote.place.label} on Modal ends in {duration(remote.wall_s)}, its set-up of "
             f"{duration(remote.clock.setup_s)} included, for {remote.expected_usd:.2f} USD; the "
@@ -55,17 +55,21 @@ def decide(candidates: Sequence[Candidate], *, budget_usd: float | None, retries
 
 
 def next_cheaper(candidates: Sequence[Candidate], chosen: Candidate | None) -> Candidate | None:
-    """The dearest place that is cheaper than the chosen one and too small; local ones cost 0."""
-    limit = float("inf") if chosen is None else chosen.usd_per_hour
-    too_small = [c for c in candidates if not c.fits and c.usd_per_hour < limit]
-    return max(too_small, key=lambda c: (c.usd_per_hour, c.place.capacity_gib), default=None)
+    """The dearest place that is too small, and where the run would cost less than in `chosen`."""
+    # A local run costs 0.
+    limit = float("inf") if chosen is None else chosen.expected_usd
+    too_small = [c for c in candidates if _is_too_small(c) and c.expected_usd < limit]
+    return max(too_small, key=lambda c: (c.expected_usd, c.place.capacity_gib), default=None)
+
+
+def _is_too_small(candidate: Candidate) -> bool:
+    """Whether memory alone keeps the run from it."""
+    return not candidate.fits and candidate.obstacle is None
 
 
 def _remote_order(candidate: Candidate) -> tuple[bool, float, float]:
-    """A card without bf16 last; then by dollars, then by time."""
-    gpu = candidate.place.gpu
-    lacks_bf16 = gpu is not None and not gpu.has_bf16
-    return lacks_bf16, candidate.expected_usd, candidate.wall_s
+    """What ends within its time-out first; then by dollars, then by time."""
+    return not candidate.ends_in_one_call, candidate.expected_usd, candidate.wall_s
 
 
 def _is_local(candidate: Candidate) -> bool:
@@ -79,39 +83,85 @@ def _why_alone(chosen: Candidate) -> str:
     )
 
 
-def _why_remote(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
-    smaller = [
-        c
-        for c in candidates
-        if not _is_local(c) and c.usd_per_hour < chosen.usd_per_hour and c is not chosen
-    ]
-    missing = [c for c in smaller if not c.fits]
-    local = [c for c in candidates if _is_local(c) and not c.fits]
+def _why_remote(
+    chosen: Candidate, candidates: Sequence[Candidate], budget_usd: float | None
+) -> str:
+    """What keeps the run from each kind of place where it would cost less."""
+    local = [c for c in candidates if _is_local(c) and not c.is_launchable]
     text = f"{chosen.place.label} costs least of what fits ({_memory(chosen)})"
     if local:
-        text += f"; the local {local[0].place.label} misses by {_miss(local[0]):.1f} GiB"
-    if missing:
-        cheaper = max(missing, key=lambda c: c.usd_per_hour)
-        text += f"; memory binds: {cheaper.place.label} is cheaper and misses by "
-        text += f"{_miss(cheaper):.1f} GiB"
-    elif any(c.place.gpu is not None and not c.place.gpu.has_bf16 for c in smaller):
-        text += "; T4 is cheaper by the hour and has no bf16"
-    elif smaller:
-        text += f"; {smaller[-1].place.label} is cheaper by the hour and slower"
+        text += f"; the local {local[0].place.label} {_hindrance(local[0])}"
+    cheaper = [c for c in candidates if not _is_local(c) and c.expected_usd < chosen.expected_usd]
+    too_small = [c for c in cheaper if _is_too_small(c)]
+    over = [c for c in cheaper if c.is_launchable and _is_over(c, budget_usd)]
+    late = [c for c in cheaper if c.is_launchable and not _is_over(c, budget_usd)]
+    without_bf16 = [c for c in cheaper if c.obstacle == "no bf16"]
+    if too_small:
+        dearest = max(too_small, key=lambda c: c.expected_usd)
+        text += f"; memory binds: {dearest.place.label} would take {dearest.expected_usd:.2f} USD "
+        text += f"and misses by {_miss(dearest):.1f} GiB"
+    if over:
+        least = min(over, key=lambda c: c.expected_usd)
+        text += f"; the cap of {budget_usd:g} USD binds: {least.place.label} would take "
+        text += f"{least.expected_usd:.2f} USD, {least.worst_usd:.2f} at worst"
+    if late:
+        text += f"; the time-out binds: {late[0].place.label} would cost less and not end within it"
+    if without_bf16:
+        text += f"; {without_bf16[0].place.label} would cost less and has no bf16"
     return text + "."
 
 
+def _hindrance(candidate: Candidate) -> str:
+    """What keeps a run from a place, as the end of a sentence."""
+    if candidate.obstacle == "no bf16":
+        return "has no bf16"
+    if candidate.is_sharded:
+        return f"has {_whole_miss(candidate):.1f} GiB a card too few for the whole step"
+    return f"misses by {_miss(candidate):.1f} GiB"
+
+
 def _nothing_fits(candidates: Sequence[Candidate]) -> str:
-    nearest = min(candidates, key=lambda c: _miss(c))
+    sharded = [c for c in candidates if c.is_sharded and c.fits]
+    on_one = [c for c in candidates if _is_too_small(c)]
+    text = ""
+    if on_one:
+        nearest = min(on_one, key=_miss)
+        text = (
+            f"Nothing fits: {nearest.place.label} comes nearest and misses by "
+            f"{_miss(nearest):.1f} GiB ({_memory(nearest)}); the most is in the "
+            f"{nearest.memory.peak_phase.replace('_', ' ')}."
+        )
+    if sharded:
+        fewest = min(sharded, key=lambda c: c.expected_usd)
+        text += (
+            f" {fewest.place.label} would hold it sharded over its cards ({_memory(fewest)} each, "
+            "by formula), and training here does not shard: each card holds the whole step, "
+            f"{fewest.whole_gib:.1f} GiB."
+        )
+    elif not on_one:
+        text = _no_place(candidates)
+    return text.strip()
+
+
+def _no_place(candidates: Sequence[Candidate]) -> str:
+    """Neither a card that is too small alone, nor one that sharding would help."""
+    without_bf16 = [c for c in candidates if c.obstacle == "no bf16"]
+    if without_bf16:
+        return (
+            f"{without_bf16[0].place.label} has no bf16, which this run computes in. Take an L4 or "
+            "a newer card, or compute in fp16 or fp32: grpo.fp16 = true or grpo.bf16 = false, and "
+            "no bfloat16 weights."
+        )
+    nearest = min(candidates, key=_miss)
     return (
-        f"Nothing fits: {nearest.place.label} comes nearest and misses by {_miss(nearest):.1f} GiB "
-        f"({_memory(nearest)}); the most is in the "
-        f"{nearest.memory.peak_phase.replace('_', ' ')}."
+        f"Nothing fits: {nearest.place.label} misses by {_miss(nearest):.1f} GiB a card even "
+        f"sharded over its cards ({_memory(nearest)} each, by formula), and training here holds "
+        f"the whole step on each, {nearest.whole_gib:.1f} GiB."
     )
 
 
-def _over_cap(fitting: Sequence[Candidate], budget_usd: float, retries: int) -> str:
-    cheapest = min(fitting, key=lambda c: c.worst_usd)
+def _over_cap(possible: Sequence[Candidate], budget_usd: float, retries: int) -> str:
+    cheapest = min(possible, key=lambda c: c.worst_usd)
     try:
         check_cap(
             cheapest.worst_usd,
@@ -119,10 +169,15 @@ def _over_cap(fitting: Sequence[Candidate], budget_usd: float, retries: int) -> 
             cheapest.usd_per_hour,
             retries=retries,
             timeout_s=cheapest.timeout_s,
+            expected_s=cheapest.wall_s,
         )
     except BudgetError as error:
         return f"{cheapest.place.label}: {error}"
     raise AssertionError("the cheapest was over the cap")
+
+
+def _is_over(candidate: Candidate, budget_usd: float | None) -> bool:
+    return budget_usd is not None and candidate.worst_usd > budget_usd
 
 
 def _memory(candidate: Candidate) -> str:
@@ -131,3 +186,7 @@ def _memory(candidate: Candidate) -> str:
 
 def _miss(candidate: Candidate) -> float:
     return candidate.memory.peak_gib - candidate.place.capacity_gib
+
+
+def _whole_miss(candidate: Candidate) -> float:
+    return candidate.whole_gib - candidate.place.capacity_gib

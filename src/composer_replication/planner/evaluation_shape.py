@@ -94,6 +94,8 @@ def evaluation_shape(
         verb="evaluate",
         typical_share=1.0,
         tree_share=1.0,
+        # Its weights are.
+        uses_bf16=device_type == "cuda",
         alternates=False,
         is_padded=True,
     )

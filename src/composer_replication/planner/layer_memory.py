@@ -77,8 +77,9 @@ def layer_memory(case: StepCase) -> LayerMemory:
         else _kept_by_weights(shape, precision)
     )
     if keeps_scores(case):
-        # Keys and values are repeated for every query head.
+        # Keys and values are repeated for every query head, and all three are fp32 in it.
         kept += 2 * FP32 * (shape.q_dim - shape.kv_dim)
+        kept += (FP32 - compute) * (shape.q_dim + 2 * shape.kv_dim)
     copies = 0
     if case.autocasts:
         trained = (
@@ -106,15 +107,16 @@ def layer_memory(case: StepCase) -> LayerMemory:
 def keeps_scores(case: StepCase) -> bool:
     """Whether attention is torch's plain one, which keeps a softmax of every row.
 
-    On CUDA no fused kernel takes grouped heads in fp32; a tree's own kernels keep none.
+    On CUDA the flash kernel alone takes grouped heads, in half precision, and the other fused one
+    refuses bf16 where there is no flash; a tree's own kernels keep no softmax.
     """
+    if case.device_type != "cuda" or case.executor != "separate":
+        return False
+    is_half = Precision.of(case).compute == BF16
+    if is_half and case.has_flash:
+        return False
     num_heads = case.model.get("num_attention_heads")
-    return (
-        case.device_type == "cuda"
-        and case.executor == "separate"
-        and Precision.of(case).compute == FP32
-        and case.model.get("num_key_value_heads") not in (None, num_heads)
-    )
+    return is_half or case.model.get("num_key_value_heads") not in (None, num_heads)
 
 
 def _kept_by_weights(shape: ModelShape, precision: Precision) -> int:

@@ -7,13 +7,13 @@ from typing import Literal
 
 from composer_replication.config.run_config import RunConfig
 from composer_replication.config.smoke_defaults import with_smoke_defaults
+from composer_replication.errors import ConfigError
 from composer_replication.planner.calibration import Measured, factor_from, phases_from
 from composer_replication.planner.candidate import Candidate, Place, make_candidate
 from composer_replication.planner.cost import SMOKE_BUDGET_USD, check_budget
 from composer_replication.planner.data_shape import DataShape, data_shape
 from composer_replication.planner.decision import EXIT_OVER_CAP, Decision, decide, next_cheaper
-from composer_replication.planner.evaluation_shape import EvaluationSize, evaluation_shape
-from composer_replication.planner.hardware import GpuRequest
+from composer_replication.planner.evaluation_shape import evaluation_shape
 from composer_replication.planner.local_machine import LocalMachine
 from composer_replication.planner.memory import predict
 from composer_replication.planner.model_files import (
@@ -22,31 +22,13 @@ from composer_replication.planner.model_files import (
     Settings,
     model_settings,
 )
-from composer_replication.planner.places import On, more_cards, places
+from composer_replication.planner.places import more_cards, places
+from composer_replication.planner.plan_request import PlanRequest
+from composer_replication.planner.plan_warnings import plan_warnings
 from composer_replication.planner.prices import PriceTable
 from composer_replication.planner.remedies import smallest_change
 from composer_replication.planner.run_memory import Predictor
-from composer_replication.planner.run_shape import RunShape, RunVerb, run_shape
-
-
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """What is to be planned.
-
-    Example: `PlanRequest(config, on="modal", budget_usd=5.0)`.
-    """
-
-    config: RunConfig
-    on: On = "all"
-    gpu: GpuRequest | None = None
-    budget_usd: float | None = None
-    """Cap on the worst case; None: 5 USD for a smoke, none for a train run."""
-    fills_smoke_defaults: bool = False
-    """Without a configuration file a smoke takes sizes that suit the device."""
-    verb: RunVerb | None = None
-    """That runs it; None: as `run_shape` reads it off the configuration."""
-    evaluation: EvaluationSize | None = None
-    """What an evaluation of the configuration's `model` plays, in place of a run."""
+from composer_replication.planner.run_shape import RunShape, run_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +86,26 @@ class Planner:
         self._data: DataShape | None = None
 
     def candidates(self) -> list[Candidate]:
-        """One for each place; where no single card suffices, the fewest that do, too."""
+        """One for each place; where no single card suffices, the fewest that would if sharded.
+
+        Raises:
+            ConfigError: bf16 that was asked for, on the one card that was, which has none.
+        """
         config = self.request.config
+        asked = self.request.gpu
+        if asked is not None and not asked.gpu.has_bf16 and config.grpo.get("bf16") is True:
+            raise ConfigError(
+                f"grpo.bf16 is true and {asked.gpu.name} has no bf16. Take an L4 or a newer card, "
+                "or set grpo.bf16 = false."
+            )
         found = [
             self.candidate(place, config, self._predictor)
             for place in places(self.machine, self.request.on, self.request.gpu)
         ]
         is_one_card = self.request.gpu is not None or self.request.evaluation is not None
-        if is_one_card or any(candidate.fits for candidate in found):
+        if is_one_card or any(candidate.is_launchable for candidate in found):
             return found
-        for place in [candidate.place for candidate in found]:
+        for place in [candidate.place for candidate in found if candidate.obstacle is None]:
             several = (self.candidate(more, config, self._predictor) for more in more_cards(place))
             enough = next((candidate for candidate in several if candidate.fits), None)
             if enough is not None:
@@ -149,12 +141,15 @@ class Planner:
             self._data = data_shape(config.data)
         # CUDA says that every card computes bf16, the T4, which emulates it, included.
         computes_bf16 = place.gpu is not None or self.machine.computes_bf16
+        # Flash attention and bf16 came with the same generation.
+        has_flash = place.gpu is None or place.gpu.has_bf16
         return run_shape(
             config,
             self._settings[spec],
             self._data,
             device_type=device_type,
             computes_bf16=computes_bf16,
+            has_flash=has_flash,
             verb=self.request.verb,
         )
 
@@ -168,7 +163,7 @@ class Planner:
             return None
 
         def fits(config: RunConfig) -> bool:
-            return self.candidate(candidate.place, config, predict).fits
+            return self.candidate(candidate.place, config, predict).is_launchable
 
         change = smallest_change(self.request.config, fits)
         if change is None:
@@ -177,6 +172,24 @@ class Planner:
         return (
             f"{candidate.place.label} would fit with {change.setting} "
             f"({after.memory.peak_gib:.1f} of {candidate.place.capacity_gib:.1f} GiB)."
+        )
+
+    def other_card(self) -> str | None:
+        """The cheapest card of Modal that holds the run where one was asked for that does not."""
+        asked = self.request.gpu
+        if asked is None or self.request.on == "local":
+            return None
+        found = (
+            self.candidate(other, self.request.config, predict)
+            for other in places(self.machine, "modal", None)
+        )
+        enough = (candidate for candidate in found if candidate.is_launchable)
+        cheapest = min(enough, key=lambda candidate: candidate.expected_usd, default=None)
+        if cheapest is None:
+            return None
+        return (
+            f"{cheapest.place.label} holds it on one card "
+            f"({cheapest.memory.peak_gib:.1f} of {cheapest.place.capacity_gib:.1f} GiB)."
         )
 
 
@@ -210,16 +223,17 @@ def make_plan(
     cheaper = next_cheaper(candidates, decision.chosen)
     is_over_cap = decision.exit_code == EXIT_OVER_CAP
     change = None if cheaper is None or is_over_cap else planner.fitting_change(cheaper)
-    if decision.chosen is None and not is_over_cap and change is None:
+    if decision.chosen is None and not is_over_cap:
         largest = max(candidates, key=lambda c: c.place.capacity_gib)
-        change = planner.fitting_change(largest)
+        ways = (change or planner.fitting_change(largest), planner.other_card())
+        change = " ".join(way for way in ways if way is not None) or None
     return Plan(
         candidates=candidates,
         decision=decision,
         cheaper_fit=change,
         prices_as_of=prices.as_of.isoformat(),
         budget_usd=budget,
-        warnings=_warnings(request, candidates, machine, prices, today),
+        warnings=plan_warnings(request, candidates, decision.chosen, machine, prices, today),
     )
 
 
@@ -228,40 +242,3 @@ def _budget(request: PlanRequest, candidates: Sequence[Candidate]) -> float | No
         return check_budget(request.budget_usd)
     is_smoke = all(candidate.shape.verb == "smoke" for candidate in candidates)
     return SMOKE_BUDGET_USD if is_smoke else None
-
-
-def _warnings(
-    request: PlanRequest,
-    candidates: Sequence[Candidate],
-    machine: LocalMachine,
-    prices: PriceTable,
-    today: date,
-) -> list[str]:
-    found = [warning] if (warning := prices.age_warning(today)) is not None else []
-    unknown = [card.name for card in machine.cards if card.gpu is None]
-    if unknown and request.on != "modal":
-        found.append(f"{unknown[0]} is not in the table of cards, so it is left out.")
-    gpus = [candidate.place.gpu for candidate in candidates]
-    if any(gpu is not None and not gpu.has_bf16 for gpu in gpus):
-        found.append("T4 has no bf16: it emulates it at the speed of fp32, and comes last.")
-    found += [
-        f"{candidate.place.label} is not in this machine; its table entry is planned with."
-        for candidate in candidates
-        if candidate.place.is_assumed
-    ]
-    if any(candidate.place.num_gpus > 1 for candidate in candidates):
-        found.append("Several cards: sharded by FSDP, by formula alone; no run was measured.")
-    if request.config.model is None:
-        specs = sorted({_label(candidate) for candidate in candidates})
-        found.append(f"No model is named: planned with {' and '.join(specs)}.")
-    if request.config.smoke.fixed_shapes is None:
-        found.append("Row lengths are estimated from the data's characters.")
-    if not any(candidate.is_calibrated for candidate in candidates):
-        found.append(
-            "Seconds are uncalibrated: a run on the device narrows them, or --probe for ten steps."
-        )
-    return found
-
-
-def _label(candidate: Candidate) -> str:
-    return EMBEDDED_SPEC if candidate.place.gpu is None else REFERENCE_SPEC

@@ -26,6 +26,8 @@ class CandidateAnswer(_Answer):
     """Cards in one machine; 0 for a CPU."""
     fits: bool
     """Whether `peak_gib` is at most `capacity_gib`."""
+    obstacle: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """`FSDP only` or `no bf16`: cannot be run there, whether it fits or not; else left out."""
     peak_gib: float
     """The most on one card, the device's own share included."""
     capacity_gib: float
@@ -42,7 +44,8 @@ class CandidateAnswer(_Answer):
     expected_usd: float
     """0 for a local run."""
     worst_usd: float
-    """Every attempt at its time-out."""
+    """Every attempt at its time-out: what one call may cost. Less than `expected_usd` where that
+    call ends before the run does."""
 
 
 class SolvedAnswer(_Answer):
@@ -111,6 +114,7 @@ def candidate_answer(candidate: Candidate) -> CandidateAnswer:
         gpu=place.name,
         num_gpus=place.num_gpus,
         fits=candidate.fits,
+        obstacle=candidate.obstacle,
         peak_gib=round(memory.peak_gib, 4),
         capacity_gib=round(place.capacity_gib, 4),
         terms_gib={name: round(value, 4) for name, value in memory.terms_gib.items()},

@@ -72,23 +72,18 @@ def _table(plan: Plan) -> Table:
         table.add_column(title, justify=justify, no_wrap=True)  # pyright: ignore[reportArgumentType]
     for candidate in plan.candidates:
         is_chosen = candidate is plan.chosen
-        style = "bold" if is_chosen else "" if candidate.fits else "dim"
+        style = "bold" if is_chosen else "" if candidate.is_launchable else "dim"
         table.add_row(*_cells(candidate, is_chosen=is_chosen, plan=plan), style=style)
     return table
 
 
 def _cells(candidate: Candidate, *, is_chosen: bool, plan: Plan) -> list[str]:
-    missing_gib = candidate.memory.peak_gib - candidate.place.capacity_gib
-    fits = "yes" if candidate.fits else f"misses {missing_gib:.1f}"
-    is_over = plan.budget_usd is not None and candidate.worst_usd > plan.budget_usd
-    if candidate.fits and is_over:
-        fits = "over cap"
     is_remote = candidate.place.where == "modal"
     return [
         "->" if is_chosen else "",
         candidate.place.where,
         candidate.place.label,
-        fits,
+        _verdict(candidate, plan.budget_usd),
         f"{candidate.memory.peak_gib:.1f}",
         f"{candidate.place.capacity_gib:.1f}",
         duration(candidate.step_s.expected),
@@ -96,6 +91,16 @@ def _cells(candidate: Candidate, *, is_chosen: bool, plan: Plan) -> list[str]:
         f"${candidate.expected_usd:.2f}" if is_remote else "$0",
         f"${candidate.worst_usd:.2f}" if is_remote else "$0",
     ]
+
+
+def _verdict(candidate: Candidate, budget_usd: float | None) -> str:
+    """Whether it can run there; otherwise what forbids it, in two words."""
+    if candidate.is_launchable:
+        is_over = budget_usd is not None and candidate.worst_usd > budget_usd
+        return "over cap" if is_over else "yes"
+    if candidate.obstacle is not None and (candidate.fits or not candidate.is_sharded):
+        return candidate.obstacle
+    return f"misses {candidate.memory.peak_gib - candidate.place.capacity_gib:.1f}"
 
 
 def _unit(candidate: Candidate) -> str:
@@ -106,7 +111,10 @@ def _unit(candidate: Candidate) -> str:
 def _dollars(candidate: Candidate) -> str:
     if candidate.place.where == "local":
         return "0 USD"
-    return f"{candidate.expected_usd:.2f} USD expected, {candidate.worst_usd:.2f} at worst"
+    expected = f"{candidate.expected_usd:.2f} USD expected"
+    if candidate.ends_in_one_call:
+        return f"{expected}, {candidate.worst_usd:.2f} at worst"
+    return f"{expected} to its end, at worst {candidate.worst_usd:.2f} for this call, which ends it"
 
 
 def _next_command(chosen: Candidate, config_path: Path | None) -> str:

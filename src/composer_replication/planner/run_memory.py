@@ -14,7 +14,12 @@ from composer_replication.planner.layer_memory import (
     keeps_scores,
     layer_memory,
 )
-from composer_replication.planner.memory import MemoryEstimate, persistent_bytes, predict
+from composer_replication.planner.memory import (
+    MemoryEstimate,
+    persistent_bytes,
+    predict,
+    trained_bytes,
+)
 from composer_replication.planner.model_shape import ModelShape, model_shape
 from composer_replication.planner.run_shape import RolloutShape, RunShape
 from composer_replication.planner.step_case import StepCase
@@ -66,23 +71,39 @@ _DEVICE_TERMS = ("context", "fragmentation", "libraries")
 
 
 def run_memory(shape: RunShape, num_gpus: int, predictor: Predictor = predict) -> RunMemory:
-    """The memory of a run on each of `num_gpus` cards.
+    """The memory of a run on each of `num_gpus` cards, which each hold the whole step (DDP).
 
     Args:
         shape: of the run.
-        num_gpus: cards that the weights are sharded over (FSDP); 1: no sharding.
-        predictor: of a step on one card; formulas, or a simulation. Sharding is by formula.
+        num_gpus: cards; several exchange gradients through buckets of their size.
+        predictor: of a step on one card; formulas, or a simulation.
     """
     if shape.verb == "evaluate":
         return _sampling_memory(shape)
-    best: RunMemory | None = None
+    found: list[RunMemory] = []
     for case in _cases(shape):
-        estimate = predictor(case) if num_gpus == 1 else predict(case, num_gpus)
-        found = _of_case(shape, case, estimate)
-        if best is None or found.peak_gib > best.peak_gib:
-            best = found
-    assert best is not None, "every run has at least one kind of step"
-    return best
+        estimate = predictor(case)
+        if num_gpus > 1:
+            estimate = _with_buckets(estimate, gib(trained_bytes(case)))
+        found.append(_of_case(shape, case, estimate))
+    return max(found, key=lambda memory: memory.peak_gib)
+
+
+def sharded_memory(shape: RunShape, num_gpus: int) -> RunMemory:
+    """By formula, with weights, moments and gradients spread over the cards (FSDP).
+
+    `train` does not run so: its losses read the output head as one tensor.
+    """
+    found = (_of_case(shape, case, predict(case, num_gpus)) for case in _cases(shape))
+    return max(found, key=lambda memory: memory.peak_gib)
+
+
+def _with_buckets(estimate: MemoryEstimate, buckets_gib: float) -> MemoryEstimate:
+    """A step whose gradients are copied into buckets that stay."""
+    return MemoryEstimate(
+        phases_gib={name: peak + buckets_gib for name, peak in estimate.phases_gib.items()},
+        persistent_gib={**estimate.persistent_gib, "gradient_buckets": buckets_gib},
+    )
 
 
 def _sampling_memory(shape: RunShape) -> RunMemory:

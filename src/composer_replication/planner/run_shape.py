@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
+from pydantic import JsonValue
+
 from composer_replication.config.run_config import RunConfig
 from composer_replication.errors import ConfigError
 from composer_replication.planner.data_shape import DataShape
@@ -73,6 +75,8 @@ class RunShape:
     """Tokens of a typical row over those of the largest."""
     tree_share: float
     alternates: bool
+    uses_bf16: bool
+    """Its weights or its matrix products are in bf16."""
     is_padded: bool
     """Rows of unequal length are padded, which gives attention a mask to keep."""
     evaluation: RolloutShape = _NOTHING_SAMPLED
@@ -88,6 +92,7 @@ def run_shape(
     *,
     device_type: Literal["cpu", "cuda"],
     computes_bf16: bool,
+    has_flash: bool = True,
     verb: RunVerb | None = None,
 ) -> RunShape:
     """The numbers of a run.
@@ -99,6 +104,7 @@ def run_shape(
         device_type: decides precision and tiles.
         computes_bf16: the device multiplies bf16, so the run computes in it unless it is told
             otherwise.
+        has_flash: the card runs torch's flash attention.
         verb: that runs it; None: `train` where `[grpo]` sets a length, `smoke` otherwise.
 
     Raises:
@@ -106,7 +112,7 @@ def run_shape(
     """
     micro_batches = count(config, "gradient_accumulation_steps")
     verb = verb or _verb(config)
-    setting = _setting(config, settings, device_type, computes_bf16)
+    setting = _setting(config, settings, device_type, computes_bf16, has_flash)
     case = _with_rows(setting, config, data, verb)
     num_steps = _num_steps(config, data, verb)
     every_steps = config.evaluation.every_steps if verb == "train" else None
@@ -120,6 +126,7 @@ def run_shape(
         verb=verb,
         typical_share=_typical_share(config, case, data),
         tree_share=data.tree_share,
+        uses_bf16=_has_bf16(config, computes_bf16) or _asked_dtype(config) == "bfloat16",
         alternates=config.batch.channel_schedule == "alternate",
         is_padded=config.smoke.fixed_shapes is None,
         evaluation=_evaluation(config, case) if every_steps else _NOTHING_SAMPLED,
@@ -134,14 +141,16 @@ def count(config: RunConfig, key: str) -> int:
 
 
 def _setting(
-    config: RunConfig, settings: Settings, device_type: Literal["cpu", "cuda"], computes_bf16: bool
+    config: RunConfig,
+    settings: Settings,
+    device_type: Literal["cpu", "cuda"],
+    computes_bf16: bool,
+    has_flash: bool,
 ) -> StepCase:
     """The case without its rows."""
-    has_bf16 = bool(config.grpo.get("bf16", computes_bf16 and not config.grpo.get("fp16")))
+    has_bf16 = _has_bf16(config, computes_bf16)
     autocasts = has_bf16 or bool(config.grpo.get("fp16"))
-    lora = config.lora
-    kwargs = config.grpo.get("model_init_kwargs")
-    asked = kwargs.get("dtype") if isinstance(kwargs, dict) else None
+    lora, asked = config.lora, _asked_dtype(config)
     is_half = asked in ("bfloat16", "float16") or (asked is None and lora is not None and has_bf16)
     name = str(config.grpo.get("optim", "adamw_torch_fused"))
     if name not in _OPTIMIZERS:
@@ -164,7 +173,19 @@ def _setting(
         checkpoints=bool(config.grpo.get("gradient_checkpointing", False)),
         executor="packed" if is_packed else "separate",
         device_type=device_type,
+        has_flash=has_flash,
     )
+
+
+def _has_bf16(config: RunConfig, computes_bf16: bool) -> bool:
+    """Whether the run's forwards are under bf16 autocast."""
+    return bool(config.grpo.get("bf16", computes_bf16 and not config.grpo.get("fp16")))
+
+
+def _asked_dtype(config: RunConfig) -> JsonValue:
+    """Of the weights, where the file says."""
+    kwargs = config.grpo.get("model_init_kwargs")
+    return kwargs.get("dtype") if isinstance(kwargs, dict) else None
 
 
 def _targets(targets: list[str] | str) -> tuple[str, ...] | str:

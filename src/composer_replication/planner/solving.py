@@ -88,7 +88,7 @@ def _with_rows_of(shape: RunShape, num_tokens: int) -> RunShape:
 def _value_fits(planner: Planner, key: str, place: Place) -> Callable[[int], bool]:
     def fits(value: int) -> bool:
         config = _with_value(planner.request.config, key, value)
-        return config is not None and planner.candidate(place, config, predict).fits
+        return config is not None and planner.candidate(place, config, predict).is_launchable
 
     return fits
 

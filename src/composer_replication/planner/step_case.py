@@ -49,6 +49,8 @@ class StepCase:
     """One forward for each role, or one for the tree of all rows."""
     device_type: Literal["cpu", "cuda"] = "cpu"
     """Tiles and kernels differ; see `losses/head.py`."""
+    has_flash: bool = True
+    """The card runs torch's flash attention, which needs compute capability 8.0."""
 
     @property
     def channels(self) -> tuple[str, ...]:

@@ -72,11 +72,12 @@ _CPU_THREAD_FLOPS = {"avx512f": 180e9, "avx2": 110e9, "": 12e9}
 """fp32; AVX2 does 32 operations a cycle."""
 
 
-def gpu_speed(gpu: Gpu, case: StepCase) -> Speed:
-    """What a card does for this case's precision."""
+def gpu_speed(gpu: Gpu, shape: RunShape) -> Speed:
+    """What a card does in this run's precision."""
+    case = shape.case
     is_half = case.autocasts or case.weights_dtype == "bfloat16"
     # A card without bf16 units runs bf16 at its fp32 rate.
-    on_tensor_cores = is_half and gpu.has_bf16
+    on_tensor_cores = is_half and (gpu.has_bf16 or not shape.uses_bf16)
     rate = gpu.bf16_tflops if on_tensor_cores else gpu.fp32_tflops
     fp32_rate = _TF32_SHARE * gpu.bf16_tflops if on_tensor_cores else gpu.fp32_tflops
     return Speed(
@@ -102,7 +103,9 @@ def cpu_speed(num_threads: int, flags: frozenset[str]) -> Speed:
     )
 
 
-def step_terms(shape: RunShape, speed: Speed, num_gpus: int = 1) -> dict[str, Range]:
+def step_terms(
+    shape: RunShape, speed: Speed, num_gpus: int = 1, *, is_sharded: bool = False
+) -> dict[str, Range]:
     """Seconds of one optimizer step: rollout, teacher, train and other.
 
     An evaluation's step is all that one model plays: rollout and other.
@@ -110,7 +113,8 @@ def step_terms(shape: RunShape, speed: Speed, num_gpus: int = 1) -> dict[str, Ra
     Args:
         shape: of the run; typical rows set the expected time and the largest ones the high.
         speed: of the device.
-        num_gpus: each computes its own rollouts and rows; sharded weights are gathered.
+        num_gpus: each computes its own rollouts and rows.
+        is_sharded: weights are gathered for each forward; otherwise gradients are summed once.
     """
     model = model_shape(shape.case.model)
     # A generation serves as many steps as it was sampled for.
@@ -124,11 +128,14 @@ def step_terms(shape: RunShape, speed: Speed, num_gpus: int = 1) -> dict[str, Ra
     update = _over(update_bytes, speed.bytes_per_s)
     train = micro["train"].times(shape.num_micro_batches).plus(update)
     if num_gpus > 1:
-        # Weights are gathered for the forward and again for the backward, gradients scattered.
+        # Weights are gathered for the forward and again for the backward, gradients scattered;
+        # whole gradients are scattered and gathered.
         weights = Precision.of(case).compute * model.num_parameters
-        moved_s = 3 * weights * (num_gpus - 1) / num_gpus / speed.link_bytes_per_s
+        moved_bytes = 3 * weights if is_sharded else 2 * trained_bytes(case)
+        moved_s = moved_bytes * (num_gpus - 1) / num_gpus / speed.link_bytes_per_s
         moved = Range(0.3 * moved_s, moved_s, 2 * moved_s)
-        train = train.plus(moved.times(shape.num_micro_batches * len(forwards_of(case))))
+        times = shape.num_micro_batches * len(forwards_of(case)) if is_sharded else 1
+        train = train.plus(moved.times(times))
     return {
         "rollout": rollout,
         "teacher": micro["teacher"].times(shape.num_micro_batches),

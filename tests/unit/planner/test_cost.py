@@ -7,7 +7,6 @@ from composer_replication.planner.cost import (
     affordable_s,
     check_budget,
     check_cap,
-    deadline_s,
     estimate,
     timeout_s,
     volume_usd,
@@ -80,14 +79,32 @@ def test_the_timeout_is_twice_the_high_estimate_and_at_most_a_day():
 def test_the_cap_refuses_the_worst_case_and_names_what_fits():
     cost = estimate("H100", 1, 7200, cpu_cores=0, memory_gib=0, retries=1)
     with pytest.raises(BudgetError) as refusal:
-        check_cap(cost.worst_usd, 5.0, cost.usd_per_hour, retries=1, timeout_s=7200)
+        check_cap(
+            cost.worst_usd, 5.0, cost.usd_per_hour, retries=1, timeout_s=7200, expected_s=2000
+        )
     assert str(refusal.value) == (
         "The worst case is 15.80 USD (3.95 USD an hour x 2 attempts x a time-out of 7200 s), over "
         "the cap of 5 USD. A time-out of 2278 s would fit under it; a cap of 15.80 USD would hold "
         "this run."
     )
     fitting = estimate("H100", 1, 2278, cpu_cores=0, memory_gib=0, retries=1)
-    check_cap(fitting.worst_usd, 5.0, fitting.usd_per_hour, retries=1, timeout_s=2278)
+    check_cap(
+        fitting.worst_usd, 5.0, fitting.usd_per_hour, retries=1, timeout_s=2278, expected_s=2000
+    )
+
+
+@pytest.mark.parametrize(
+    ("expected_s", "text"),
+    [
+        (3000, "unfinished: it is expected to take 3000 s (with modal.retries = 0 a time-out of "
+         "4556 s would hold it); a cap of"),
+        (9000, "unfinished: it is expected to take 9000 s; a cap of"),
+    ],
+)  # fmt: skip
+def test_a_timeout_under_the_expected_wall_is_said_to_cut_the_run(expected_s, text):
+    with pytest.raises(BudgetError) as refusal:
+        check_cap(15.8, 5.0, 3.95, retries=1, timeout_s=7200, expected_s=expected_s)
+    assert text in str(refusal.value)
 
 
 def test_the_longest_affordable_timeout_uses_the_whole_cap():
@@ -96,11 +113,6 @@ def test_the_longest_affordable_timeout_uses_the_whole_cap():
     worst = estimate("L40S", 2, seconds, cpu_cores=4, memory_gib=32, retries=2).worst_usd
     assert worst == pytest.approx(5.0)
     assert affordable_s(5.0, 0.0) == math.inf
-
-
-def test_a_restarted_run_gets_what_is_left_of_its_cap():
-    assert deadline_s(5.0, 1.05, 3.95) == pytest.approx(3600)
-    assert deadline_s(5.0, 6.0, 3.95) == 0
 
 
 @pytest.mark.parametrize("budget", [0, -1, math.nan, math.inf])

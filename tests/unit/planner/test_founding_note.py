@@ -33,8 +33,8 @@ def test_the_smoke_takes_the_notes_11_to_14_gb(note, planned, machine):
 def test_remote_the_smoke_goes_to_an_l4(note, planned, machine):
     plan = planned(note, machine(), on="modal")
     assert plan.chosen.place.label == "L4"
-    assert plan.decision.reason.endswith("T4 is cheaper by the hour and has no bf16.")
-    assert all(candidate(plan, "modal", name).fits for name in NOTES_CARDS)
+    can_run = {name: candidate(plan, "modal", name).is_launchable for name in NOTES_CARDS}
+    assert can_run == {name: name != "T4" for name in NOTES_CARDS}
 
 
 def test_overall_the_smoke_stays_on_the_local_5090(note, planned, machine):
@@ -142,7 +142,9 @@ def test_7b_in_full_is_out_for_the_5090_and_fits_two_80_gb_cards(planned, machin
     assert not candidate(plan, "modal", "H100").fits
     for count, fits in ((1, False), (2, True)):
         one = planned(whole, machine(), on="modal", gpu=parse_gpu(f"A100-80GB:{count}"))
-        assert (one.chosen is not None) == fits
+        assert one.candidates[0].fits == fits
+        # Sharding is a formula: `train` holds the whole step on each card.
+        assert (one.chosen, one.exit_code) == (None, 1)
 
 
 def test_the_embedded_model_needs_no_card_at_all(planned, machine):

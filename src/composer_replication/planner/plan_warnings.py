@@ -1,0 +1,126 @@
+"""What a reader of a plan has to know beside its figures, a sentence each."""
+
+import math
+from collections.abc import Sequence
+from datetime import date
+
+from composer_replication.planner.candidate import Candidate
+from composer_replication.planner.cost import MAX_TIMEOUT_S, volume_usd
+from composer_replication.planner.duration_text import duration
+from composer_replication.planner.layer_memory import BF16
+from composer_replication.planner.local_machine import LocalMachine
+from composer_replication.planner.model_files import EMBEDDED_SPEC, REFERENCE_SPEC
+from composer_replication.planner.model_shape import model_shape
+from composer_replication.planner.plan_request import PlanRequest
+from composer_replication.planner.prices import PriceTable
+from composer_replication.planner.run_memory import weights_gib
+from composer_replication.units import gib
+
+_MONTH_DAYS = 30.0
+
+
+def plan_warnings(
+    request: PlanRequest,
+    candidates: Sequence[Candidate],
+    chosen: Candidate | None,
+    machine: LocalMachine,
+    prices: PriceTable,
+    today: date,
+) -> list[str]:
+    """The sentences, the gravest first.
+
+    Args:
+        request: what was planned.
+        candidates: every place.
+        chosen: of them; None: none.
+        machine: this one.
+        prices: of Modal.
+        today: to judge the age of the prices.
+    """
+    found = [warning] if (warning := prices.age_warning(today)) is not None else []
+    found += [] if chosen is None else _time_out(chosen)
+    found += _cards(request, candidates, machine)
+    if request.config.model is None:
+        specs = sorted({_spec(candidate) for candidate in candidates})
+        found.append(f"No model is named: planned with {' and '.join(specs)}.")
+    if request.config.smoke.fixed_shapes is None:
+        found.append("Row lengths are estimated from the data's characters.")
+    if not any(candidate.is_calibrated for candidate in candidates):
+        found.append(
+            "Seconds are uncalibrated: a run on the device narrows them, or --probe for ten steps."
+        )
+    if any(candidate.place.where == "modal" for candidate in candidates):
+        found.append(_credit_and_files(chosen or candidates[-1], prices))
+    return found
+
+
+def _time_out(chosen: Candidate) -> list[str]:
+    """What a run that does not end in one attempt, or in one call, needs."""
+    if chosen.place.where == "local" or chosen.wall_s <= chosen.timeout_s:
+        return []
+    wall, limit = duration(chosen.wall_s), duration(chosen.timeout_s)
+    if chosen.ends_in_one_call:
+        return [
+            f"The run takes about {wall} and an attempt ends after {limit}: it needs more than one "
+            f"of its {chosen.num_attempts} attempts."
+        ]
+    more = math.ceil(chosen.wall_s / chosen.call_s) - 1
+    calls = f"{more} call{'s' * (more != 1)} of `runs resume`"
+    text = (
+        f"The run takes about {wall} and this call ends unfinished after {duration(chosen.call_s)} "
+        f"({chosen.num_attempts} attempt{'s' * (chosen.num_attempts != 1)} of {limit}). To its end "
+        f"it needs {calls} more and {chosen.expected_usd:.2f} USD in all; the worst case of "
+        f"{chosen.worst_usd:.2f} USD is that of one call."
+    )
+    if chosen.timeout_s < MAX_TIMEOUT_S:
+        text += f" Or raise modal.timeout_s, which is at most {MAX_TIMEOUT_S:.0f}."
+    return [text]
+
+
+def _cards(
+    request: PlanRequest, candidates: Sequence[Candidate], machine: LocalMachine
+) -> list[str]:
+    """What is odd about places of the table."""
+    found: list[str] = []
+    unknown = [card.name for card in machine.cards if card.gpu is None]
+    if unknown and request.on != "modal":
+        found.append(f"{unknown[0]} is not in the table of cards, so it is left out.")
+    without_bf16 = [c.place.label for c in candidates if c.obstacle == "no bf16"]
+    if without_bf16:
+        found.append(
+            f"{without_bf16[0]} has no bf16, in which this run computes: it is not taken, and its "
+            "row says what emulation at the speed of fp32 would need."
+        )
+    found += [
+        f"{candidate.place.label} is not in this machine; its table entry is planned with."
+        for candidate in candidates
+        if candidate.place.is_assumed
+    ]
+    sharded = [candidate.place.label for candidate in candidates if candidate.is_sharded]
+    if sharded:
+        found.append(
+            f"{', '.join(sharded)}: sharded over the cards (FSDP), by formula alone. train and "
+            "smoke hold the whole step on each card and cannot run these rows."
+        )
+    if any(c.place.num_gpus > 1 and not c.is_sharded for c in candidates):
+        found.append(
+            "Several cards hold the whole step each (DDP), so a step has that many times the "
+            "rollouts; no such run was measured."
+        )
+    return found
+
+
+def _credit_and_files(candidate: Candidate, prices: PriceTable) -> str:
+    """The plan without a fee, and what the downloaded and the written weights cost to keep."""
+    case = candidate.shape.case
+    downloaded_gib = gib(BF16 * model_shape(case.model).num_parameters)
+    stored_gib = downloaded_gib + weights_gib(case)
+    return (
+        f"Modal credits {prices.monthly_credit_usd:g} USD a month. About {stored_gib:.1f} GiB of "
+        f"weights stay in its volume, {volume_usd(stored_gib, _MONTH_DAYS, prices):.2f} USD a "
+        f"month: {prices.volume_free_gib:g} GiB are free."
+    )
+
+
+def _spec(candidate: Candidate) -> str:
+    return EMBEDDED_SPEC if candidate.place.gpu is None else REFERENCE_SPEC

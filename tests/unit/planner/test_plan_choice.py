@@ -1,0 +1,148 @@
+"""What may be chosen: what `train` can run there, whole and to its end."""
+
+import json
+
+import pytest
+
+from composer_replication.config.loading import load_config
+from composer_replication.errors import ConfigError
+from composer_replication.planner.hardware import parse_gpu
+from composer_replication.planner.memory import trained_bytes
+from composer_replication.planner.plan_json import plan_json
+from composer_replication.planner.run_memory import run_memory
+from composer_replication.units import gib
+
+FULL_7B = ["model=shape:qwen2.5-7b", "teacher=live", "grpo.max_steps=200",
+           "grpo.max_completion_length=256", "grpo.gradient_checkpointing=true"]  # fmt: skip
+LORA_7B = [*FULL_7B, "lora.r=32", "teacher=frozen"]
+HALF_B = ["model=shape:qwen2.5-0.5b", "smoke.fixed_shapes=[8, 512]", "grpo.max_steps=50"]
+
+
+def one(plan, label):
+    return next(c for c in plan.candidates if c.place.label == label)
+
+
+@pytest.mark.parametrize("verb", [None, "train"])
+def test_cards_that_hold_only_a_share_of_the_step_are_never_chosen(verb, planned, machine):
+    """`train` starts plain DDP: each card holds the whole step, or runs out of memory."""
+    asked = parse_gpu("A100-80GB:2")
+    plan = planned(load_config(None, FULL_7B), machine(), on="modal", gpu=asked, verb=verb)
+    (row,) = plan.candidates
+    assert row.fits
+    assert row.whole_gib > row.place.capacity_gib
+    assert (plan.chosen, plan.exit_code) == (None, 1)
+    assert "training here does not shard: each card holds the whole step" in plan.decision.reason
+    assert "H200 holds it on one card" in plan.cheaper_fit
+    answer = json.loads(plan_json(plan, []))
+    assert (answer["candidates"][0]["fits"], answer["candidates"][0]["obstacle"]) == (
+        True,
+        "FSDP only",
+    )
+    (warning,) = [text for text in answer["warnings"] if "FSDP" in text]
+    assert "train and smoke hold the whole step on each card and cannot run these rows" in warning
+
+
+def test_without_a_count_a_larger_card_is_taken_before_several(planned, machine):
+    plan = planned(load_config(None, FULL_7B), machine(), on="modal")
+    assert plan.chosen.place.num_gpus == 1
+    assert plan.chosen.is_launchable
+
+
+def test_several_cards_that_each_hold_the_step_are_launchable_with_their_buckets(planned, machine):
+    config = load_config(None, LORA_7B)
+    plan = planned(config, machine(), on="modal", gpu=parse_gpu("A100-80GB:2"), verb="train")
+    assert plan.chosen.place.label == "A100-80GB:2"
+    assert not plan.chosen.is_sharded
+    # DDP sums gradients in buckets of their size, beside the gradients themselves.
+    shape = plan.chosen.shape
+    buckets_gib = gib(trained_bytes(shape.case))
+    assert plan.chosen.memory.terms_gib["gradient_buckets"] == pytest.approx(buckets_gib)
+    alone = run_memory(shape, 1).peak_tensor_gib
+    assert plan.chosen.memory.peak_tensor_gib == pytest.approx(alone + buckets_gib)
+    assert any("(DDP)" in warning for warning in plan.warnings)
+
+
+def test_a_run_over_its_timeout_is_priced_to_its_end(planned, machine):
+    config = load_config(None, [*LORA_7B, "modal.timeout_s=600"])
+    card = parse_gpu("L40S")
+    free = planned(load_config(None, LORA_7B), machine(), on="modal", gpu=card).chosen
+    plan = planned(config, machine(), on="modal", gpu=card)
+    assert plan.chosen.wall_s > 1200
+    assert plan.chosen.expected_usd == pytest.approx(free.expected_usd)
+    assert plan.chosen.worst_usd < plan.chosen.expected_usd
+    (warning,) = [text for text in plan.warnings if "ends unfinished" in text]
+    assert "2 attempts of 10 min" in warning
+    assert f"the worst case of {plan.chosen.worst_usd:.2f} USD is that of one call" in warning
+    assert "raise modal.timeout_s" in warning
+
+
+def test_a_run_of_days_says_how_many_calls_it_needs(planned, machine):
+    config = load_config(None, [*HALF_B, "grpo.max_steps=1000000", "modal.retries=0"])
+    plan = planned(config, machine(), on="modal", gpu=parse_gpu("L4"))
+    days = plan.chosen.wall_s / 86_400
+    assert days > 4
+    (warning,) = [text for text in plan.warnings if "ends unfinished" in text]
+    assert f"{int(days)} calls of `runs resume` more" in warning
+    per_day = plan.chosen.usd_per_hour * 24
+    assert plan.chosen.expected_usd == pytest.approx(per_day * days)
+
+
+def test_what_ends_within_its_timeout_is_taken_before_what_is_cheaper(planned, machine):
+    config = load_config(None, LORA_7B)
+    cheapest = planned(config, machine(), on="modal").chosen
+    capped = load_config(None, [*LORA_7B, f"modal.timeout_s={0.45 * cheapest.wall_s:.0f}"])
+    plan = planned(capped, machine(), on="modal")
+    assert not one(plan, cheapest.place.label).ends_in_one_call
+    assert plan.chosen.ends_in_one_call
+    assert "the time-out binds: " in plan.decision.reason
+
+
+def test_a_t4_is_never_taken_for_bf16(note, planned, machine):
+    plan = planned(note, machine(), on="modal", budget_usd=1.0)
+    assert one(plan, "T4").worst_usd < 1.0
+    assert (plan.chosen, plan.exit_code) == (None, 2)
+    # Without a flash kernel each layer keeps the softmax of every row.
+    assert one(plan, "T4").memory.peak_gib > one(plan, "L4").memory.peak_gib + 2
+    alone = planned(note, machine(), on="modal", gpu=parse_gpu("T4"))
+    assert (alone.chosen, alone.exit_code) == (None, 1)
+    assert alone.decision.reason.startswith("T4 has no bf16, which this run computes in.")
+    assert any("it is not taken" in warning for warning in alone.warnings)
+
+
+def test_bf16_that_a_card_lacks_is_refused_as_a_launch_refuses_it(planned, machine):
+    config = load_config(None, [*HALF_B, "grpo.bf16=true"])
+    with pytest.raises(ConfigError, match=r"grpo\.bf16 is true and T4 has no bf16"):
+        planned(config, machine(), on="modal", gpu=parse_gpu("T4"))
+
+
+@pytest.mark.parametrize("precision", ["grpo.bf16=false", "grpo.fp16=true"])
+def test_a_t4_computes_fp32_and_fp16_like_any_card(precision, planned, machine):
+    config = load_config(None, [*HALF_B, precision, "smoke.fixed_shapes=[2, 64]"])
+    plan = planned(config, machine(), on="modal", gpu=parse_gpu("T4"))
+    assert plan.chosen.place.label == "T4"
+    assert not any("bf16" in warning for warning in plan.warnings)
+
+
+def test_memory_binds_where_the_whole_run_would_cost_less(planned, machine):
+    """An hour of an A10 is cheaper than one of an L40S, and its run dearer."""
+    rows = ["grpo.per_device_train_batch_size=8", "grpo.gradient_accumulation_steps=4"]
+    config = load_config(None, [*LORA_7B, *rows, "batch.max_context_tokens=4096",
+                                "grpo.max_completion_length=768"])  # fmt: skip
+    plan = planned(config, machine(), on="modal")
+    cheaper = [c for c in plan.candidates if c.expected_usd < plan.chosen.expected_usd]
+    assert any(c.usd_per_hour < plan.chosen.usd_per_hour for c in plan.candidates)
+    assert cheaper == []
+    assert "binds" not in plan.decision.reason
+    assert plan.cheaper_fit is None
+
+
+def test_the_cap_is_named_where_the_cap_binds(planned, machine):
+    config = load_config(None, [*LORA_7B, "lora.r=8"])
+    free = planned(config, machine(), on="modal")
+    least = min((c for c in free.candidates if c.is_launchable), key=lambda c: c.worst_usd)
+    assert least.place.label != free.chosen.place.label
+    plan = planned(config, machine(), on="modal", budget_usd=least.worst_usd)
+    assert plan.chosen.place.label == least.place.label
+    assert f"the cap of {least.worst_usd:g} USD binds: {free.chosen.place.label} would take " in (
+        plan.decision.reason
+    )
