@@ -78,6 +78,10 @@ class LaunchError(ComposerError, RuntimeError):
     """A run that could not be started elsewhere, or did not come back from there."""
 
 
+class UnreachableError(LaunchError):
+    """Nobody answered, so that what runs there may go on or not; asking again tells."""
+
+
 class CheckpointError(ComposerError, RuntimeError):
     """A checkpoint that could not be written; those before it are whole."""
 

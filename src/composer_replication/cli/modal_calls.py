@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from composer_replication.cli.recorded_run import EXIT_CODES, RUNS_FOLDER
 from composer_replication.cli.verb import EXIT_FAILED, EXIT_STOPPED, Answer
-from composer_replication.errors import ComposerError, InputError, LaunchError
+from composer_replication.errors import ComposerError, InputError, UnreachableError
 
 if TYPE_CHECKING:
     from composer_replication.launch.function_spec import FunctionSpec
@@ -76,6 +78,7 @@ def carry_out_on_modal(
         ComposerError: Modal refused, or the run ended without a result.
     """
     from composer_replication.launch import modal_job
+    from composer_replication.launch.job import with_deadline
     from composer_replication.launch.ledger import Ledger
     from composer_replication.launch.records import save_record
 
@@ -84,31 +87,59 @@ def carry_out_on_modal(
     ledger = Ledger(Path(record.ledger))
     modal_job.check_credentials()
     ledger.reserve(job.job_id, record.worst_usd, cap_usd=record.budget_usd)
-    record.call_id = None
+    record.call_id, record.app_id, record.status = None, None, "launching"
     save_record(RUNS_FOLDER, record, job)
     say("contacting Modal ...")
     try:
         with modal_job.launched(spec) as remote:
-            record.call_id = remote.spawn(job.to_payload())
-            record.app_id, record.url, record.status = remote.app_id, remote.url, "running"
+            # On record before the call is: whoever is killed in between can still end the app.
+            record.app_id, record.url = remote.app_id, remote.url
+            save_record(RUNS_FOLDER, record)
+            record.call_id = remote.spawn(with_deadline(job, time.time()).to_payload())
+            record.status = "running"
             save_record(RUNS_FOLDER, record)
             say(f"started {job.job_id}: {record.call_id}, {record.url}")
             say(f"        composer-replication runs logs {job.job_id}")
             if detaches:
                 return _still_running(record), 0
             try:
-                result = modal_job.wait_for(record.call_id)
+                result = result_of(record)
             except KeyboardInterrupt:
                 return _interrupted(record, say)
-    except ComposerError:
+    except BaseException:
         if record.call_id is None:
-            ledger.settle(job.job_id, "not-started", 0.0)
-            record.status = "failed"
-            save_record(RUNS_FOLDER, record)
-        else:
-            settle_without_result(record)
+            settle_not_started(record)
         raise
     return finish(record, result, say)
+
+
+def result_of(
+    record: "LaunchRecord",
+    timeout_s: float = math.inf,
+    *,
+    stops: threading.Event | None = None,
+) -> Mapping[str, object]:
+    """What a call that this or another process started has returned, once it has.
+
+    A call that ended without a result is settled. One that nobody can ask about is not: it may
+    go on.
+
+    Raises:
+        TimeoutError: it has not after `timeout_s`, or `stops` is set.
+        UnreachableError: nobody answers.
+        ComposerError: how it ended instead.
+    """
+    from composer_replication.launch import modal_job
+
+    assert record.call_id is not None
+    try:
+        return modal_job.wait_for(record.call_id, timeout_s, stops=stops)
+    except UnreachableError:
+        raise
+    except ComposerError:
+        if record.status == "running":
+            settle_without_result(record)
+        raise
 
 
 def finish(
@@ -116,7 +147,7 @@ def finish(
 ) -> Answer:
     """Bring the run directory home, settle what it cost, and answer with its summary."""
     from composer_replication.launch import modal_job
-    from composer_replication.launch.container import held_s
+    from composer_replication.launch.container import ended_s, held_s
     from composer_replication.launch.ledger import Ledger
     from composer_replication.launch.records import save_record
     from composer_replication.runs.summary import Summary
@@ -126,29 +157,32 @@ def finish(
     folder = Path(record.folder)
     estimate_usd = held_s(result) * record.usd_per_hour / _HOUR_S
     billed_usd = modal_job.billed_usd(record.job_id, record.created_s)
-    record.cost_usd = billed_usd if billed_usd is not None else estimate_usd
+    if billed_usd is not None and not _is_hour_over(ended_s(result)):
+        # A part of the last hour's bill may be missing, so the cap counts the more of the two.
+        billed_usd = billed_usd if billed_usd >= estimate_usd else None
+    record.cost_usd = estimate_usd if billed_usd is None else billed_usd
     # All attempts of the job so far, so that its own name replaces what was settled before.
     Ledger(Path(record.ledger)).settle(record.job_id, "all", record.cost_usd)
     record.status = "failed"
     save_record(RUNS_FOLDER, record)
-    num_files = bring_home(record)
+    num_files = _files_home(record)
     told = _ENDINGS.get(cast("str", result["ending"]))
     problem = None if told is None else told.format(job_id=record.job_id)
     source = "Modal's bill" if billed_usd is not None else "held seconds x prices"
     note = f"cost_usd is {source}; the container was held for {held_s(result):.0f} s in all."
     path = folder / "summary.json"
-    payload: dict[str, object] = {"status": "failed"}
-    if path.exists():
-        payload = json.loads(path.read_text(encoding="utf-8"))
-    payload["cost_usd"] = record.cost_usd
-    payload["notes"] = [*cast("list[str]", payload.get("notes", [])), note]
+    payload = _priced(path, record.cost_usd, note)
     if problem is not None:
         said = cast("str | None", payload.get("error"))
         payload["error"] = problem if said is None else f"{problem} {said}"
     elif "schema" not in payload:
         payload["error"] = f"The run ended with exit code {result['exit_code']} and no summary."
     summary = Summary.model_validate(payload)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(summary.to_json() + "\n", encoding="utf-8")
+    if summary.status == "passed":
+        # Of an attempt that failed before.
+        (folder / "error.txt").unlink(missing_ok=True)
     record.status = summary.status
     save_record(RUNS_FOLDER, record)
     worst = "" if record.worst_usd is None else f" of at most {record.worst_usd:.2f}"
@@ -178,6 +212,64 @@ def bring_home(record: "LaunchRecord") -> int:
     return num_files
 
 
+def bring_home_priced(record: "LaunchRecord") -> int:
+    """`bring_home` of a run without a result; what it cost stays in its summary."""
+    num_files = bring_home(record)
+    path = Path(record.folder) / "summary.json"
+    if record.cost_usd is not None and path.exists():
+        note = "cost_usd is at most this: Modal gave no result to reckon it from."
+        payload = _priced(path, record.cost_usd, note)
+        path.write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
+    return num_files
+
+
+def _files_home(record: "LaunchRecord") -> int:
+    """How many files came; 0 of a run that ended before it wrote one."""
+    try:
+        return bring_home(record)
+    except InputError:
+        return 0
+
+
+def _priced(path: Path, cost_usd: float, note: str) -> dict[str, object]:
+    """A summary's values with what the run cost; of a run that left none, only that it failed."""
+    payload: dict[str, object] = {"status": "failed"}
+    if path.exists():
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    payload["cost_usd"] = cost_usd
+    payload["notes"] = [*cast("list[str]", payload.get("notes", [])), note]
+    return payload
+
+
+def _is_hour_over(unix_s: float) -> bool:
+    return time.time() >= (unix_s // _HOUR_S + 1) * _HOUR_S
+
+
+def settle_not_started(record: "LaunchRecord") -> None:
+    """Nothing ran: what was set aside is free again."""
+    from composer_replication.launch.ledger import Ledger
+    from composer_replication.launch.records import save_record
+
+    assert record.ledger is not None
+    Ledger(Path(record.ledger)).settle(record.job_id, "not-started", 0.0)
+    record.status = "failed"
+    save_record(RUNS_FOLDER, record)
+
+
+def end_orphan(record: "LaunchRecord") -> None:
+    """End what a launcher left that was killed while it started a run.
+
+    Whether its call had begun is not known, so its app is stopped and the time since counts.
+    """
+    from composer_replication.launch import modal_job
+
+    if record.app_id is None:
+        settle_not_started(record)
+        return
+    modal_job.stop_app(record.app_id)
+    settle_without_result(record)
+
+
 def settle_without_result(record: "LaunchRecord") -> None:
     """A call that ended without a result has cost at most the time since it was launched."""
     from composer_replication.launch.ledger import Ledger
@@ -197,6 +289,16 @@ def _still_running(record: "LaunchRecord") -> str:
     return record.model_dump_json(by_alias=True, indent=2)
 
 
+def wants_to_cancel(what: str) -> bool:
+    """Ask after Ctrl-C; a second one is a yes."""
+    sys.stderr.write(f"Cancel {what} (c), or leave {what} running (Enter)? ")
+    sys.stderr.flush()
+    try:
+        return sys.stdin.readline().strip().lower().startswith("c")
+    except KeyboardInterrupt:
+        return True
+
+
 def _interrupted(record: "LaunchRecord", say: Callable[[str], None]) -> Answer:
     """Ctrl-C: leave it running, or end it."""
     from composer_replication.launch import modal_job
@@ -204,13 +306,7 @@ def _interrupted(record: "LaunchRecord", say: Callable[[str], None]) -> Answer:
 
     assert record.call_id is not None
     say(f"Ctrl-C. {record.job_id} is running and costs {record.usd_per_hour:.2f} USD an hour.")
-    sys.stderr.write("Cancel it (c), or leave it running (Enter)? ")
-    sys.stderr.flush()
-    try:
-        answer = sys.stdin.readline().strip().lower()
-    except KeyboardInterrupt:
-        answer = "c"
-    if answer.startswith("c"):
+    if wants_to_cancel("it"):
         modal_job.cancel(record.call_id)
         settle_without_result(record)
         record.status = "cancelled"
@@ -219,23 +315,3 @@ def _interrupted(record: "LaunchRecord", say: Callable[[str], None]) -> Answer:
     else:
         say(f"left running; its files: composer-replication runs fetch {record.job_id}")
     return _still_running(record), EXIT_STOPPED
-
-
-def fetch_result(record: "LaunchRecord", timeout_s: float) -> Mapping[str, object]:
-    """The result of a call that this or another process started.
-
-    Raises:
-        LaunchError: it is still running.
-    """
-    from composer_replication.launch import modal_job
-
-    assert record.call_id is not None
-    modal_job.check_credentials()
-    modal_job.check_reachable()
-    try:
-        return modal_job.wait_for(record.call_id, timeout_s)
-    except TimeoutError:
-        raise LaunchError(
-            f"{record.job_id} is still running. Look at it with `composer-replication runs logs "
-            f"{record.job_id}`, or end it with `composer-replication runs cancel {record.job_id}`."
-        ) from None

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from composer_replication.cli.modal_calls import ask, carry_out_on_modal
 from composer_replication.cli.recorded_run import RUNS_FOLDER, open_run
@@ -74,7 +74,10 @@ def send_to_modal(
     from composer_replication.launch.function_spec import function_spec
     from composer_replication.launch.job import Job, new_job_id
     from composer_replication.launch.records import LaunchRecord
+    from composer_replication.runs.run_folders import latest_folder
 
+    if options.resume:
+        _refuse_begun(options.out or latest_folder(RUNS_FOLDER, config.name))
     chosen = plan.chosen
     assert chosen is not None, "a plan without a place was refused"
     job = Job(
@@ -112,6 +115,28 @@ def send_to_modal(
     return carry_out_on_modal(job, spec, record, detaches=options.detach, say=say), folder
 
 
+def _refuse_begun(folder: Path) -> None:
+    """What has begun goes on where it is; a job of its own would start from nothing and be paid.
+
+    Raises:
+        InputError: the folder holds a run, or a job comes home to it.
+    """
+    from composer_replication.launch.records import newest_record_of
+    from composer_replication.runs.run_directory import SCHEMA_FILE
+
+    record = newest_record_of(RUNS_FOLDER, folder)
+    if record is not None and record.where == "modal":
+        raise InputError(
+            f"{folder} is of {record.job_id}, whose checkpoints are on Modal. It goes on with "
+            f"`composer-replication runs resume {record.job_id}`."
+        )
+    if (folder / SCHEMA_FILE).exists():
+        raise InputError(
+            f"{folder} holds a run of this machine, whose checkpoints a container does not have. "
+            "Resume it without --on modal, or start one there with another --out."
+        )
+
+
 def plan_on_modal(
     verb: Literal["smoke", "train", "evaluate"],
     options: argparse.Namespace,
@@ -145,7 +170,7 @@ def plan_on_modal(
         config=config,
         on="modal",
         gpu=gpu,
-        budget_usd=_budget(options.budget),
+        budget_usd=None if options.budget is None else budget_usd(options.budget),
         fills_smoke_defaults=verb == "smoke" and options.config is None,
         verb=verb,
         evaluation=evaluation,
@@ -158,16 +183,22 @@ def plan_on_modal(
     return plan
 
 
-def _budget(text: str | None) -> float | None:
-    if text is None:
-        return None
+def budget_usd(text: str) -> float:
+    """What `--budget` says, in USD.
+
+    Raises:
+        InputError: no amount that could be spent.
+    """
+    from composer_replication.planner.cost import check_budget
+
     try:
-        return float(text)
+        amount_usd = float(text)
     except ValueError:
         raise InputError(
             f"--budget is {text!r}; it is the most to spend in USD and must be a number. "
             "Write for example --budget 5."
         ) from None
+    return check_budget(amount_usd)
 
 
 def _refuse_no_place(plan: "Plan", config: "RunConfig") -> None:
@@ -182,29 +213,33 @@ def _refuse_no_place(plan: "Plan", config: "RunConfig") -> None:
 
 
 def _refuse_without_bf16(card: "Gpu", config: "RunConfig") -> None:
-    if not card.has_bf16 and config.grpo.get("bf16") is True:
-        raise ConfigError(
-            f"grpo.bf16 is true and {card.name} has no bf16. Take an L4 or a newer card, or set "
-            "grpo.bf16 = false."
-        )
+    loads = cast("object", config.grpo.get("model_init_kwargs"))
+    dtype = cast("dict[str, object]", loads).get("dtype") if isinstance(loads, dict) else None
+    for key, is_bf16 in (
+        ("grpo.bf16", config.grpo.get("bf16") is True),
+        ("grpo.model_init_kwargs.dtype", dtype == "bfloat16"),
+    ):
+        if is_bf16 and not card.has_bf16:
+            raise ConfigError(
+                f"{key} asks for bf16, and {card.name} has no bf16. Take an L4 or a newer card, or "
+                "leave it out."
+            )
 
 
 def with_limits(
     job: "Job", asked_gpu: str | None, chosen: "Candidate", config: "RunConfig"
 ) -> "Job":
-    """The job with the plan's card, time-out and deadline, and what `[modal]` asks for."""
+    """The job with the plan's card and time-out, and what `[modal]` asks for."""
     from dataclasses import replace
 
-    timeout_s, retries = chosen.timeout_s, config.modal.retries
     return replace(
         job,
         gpu=_card_name(asked_gpu, chosen, is_measured=job.verb == "smoke"),
         num_processes=max(chosen.place.num_gpus, 1),
         cpu_cores=config.modal.cpu_cores,
         memory_gib=chosen.memory_request_gib,
-        timeout_s=timeout_s,
-        retries=retries,
-        deadline_s=time.time() + (retries + 1) * timeout_s,
+        timeout_s=chosen.timeout_s,
+        retries=config.modal.retries,
     )
 
 

@@ -80,6 +80,8 @@ def open_run(options: argparse.Namespace, name: str) -> "RunDirectory":
     if int(os.environ.get("RANK", "0")) > 0 and options.out is not None:
         # Of several processes of one run the first has the lock and writes.
         return FollowedRun(options.out)
+    from composer_replication.launch.records import refuse_launched
+
     try:
         if options.out is not None:
             folder = options.out
@@ -87,6 +89,7 @@ def open_run(options: argparse.Namespace, name: str) -> "RunDirectory":
             folder = latest_folder(RUNS_FOLDER, name)
         else:
             folder = claim_folder(RUNS_FOLDER, name)
+        refuse_launched(RUNS_FOLDER, folder)
         return RunDirectory.create(folder, resume=options.resume)
     except OSError as error:
         raise RunDirectoryError(

@@ -1,27 +1,38 @@
 """`runs`: the jobs that were launched, and what can be done about each by its id."""
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
-import time
 from typing import TYPE_CHECKING
 
 from composer_replication.cli.modal_calls import (
     ask,
-    bring_home,
+    bring_home_priced,
     carry_out_on_modal,
-    fetch_result,
+    end_orphan,
     finish,
+    result_of,
     settle_without_result,
 )
+from composer_replication.cli.modal_run import budget_usd
 from composer_replication.cli.recorded_run import RUNS_FOLDER
 from composer_replication.cli.resumed_limits import with_other_limits
 from composer_replication.cli.verb import JSON, Answer, Argument, Option, Verb
-from composer_replication.errors import InputError, nearest
+from composer_replication.errors import (
+    ComposerError,
+    InputError,
+    LaunchError,
+    UnreachableError,
+    nearest,
+)
 
 if TYPE_CHECKING:
     from composer_replication.launch.records import LaunchRecord
+
+_ASK_S = 1.0
+"""How long a call's result is waited for that may not be there."""
 
 _ACTIONS = ("list", "logs", "cancel", "fetch", "resume")
 
@@ -112,9 +123,15 @@ def _cancel(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
         if record.pid is None or not is_alive(record.pid) or record.status != "running":
             raise InputError(f"{record.job_id} is not running, so there is nothing to end.")
         os.kill(record.pid, signal.SIGINT)
+    elif record.status == "launching":
+        end_orphan(record)
+    elif record.call_id is None or record.status != "running":
+        raise InputError(f"{record.job_id} is {record.status}, so there is nothing to end.")
     else:
-        if record.call_id is None or record.status != "running":
-            raise InputError(f"{record.job_id} is {record.status}, so there is nothing to end.")
+        with contextlib.suppress(TimeoutError):
+            result = result_of(record, _ASK_S)
+            _say(options, f"{record.job_id} had ended before.")
+            return finish(record, result, lambda text: _say(options, text))
         modal_job.cancel(record.call_id)
         settle_without_result(record)
     record.status = "cancelled"
@@ -126,15 +143,31 @@ def _cancel(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
 def _fetch(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
     if record.where == "local":
         raise InputError(f"{record.job_id} ran on this machine: its files are in {record.folder}.")
-    if record.status in ("cancelled", "failed") or record.call_id is None:
-        num_files = bring_home(record)
-        _say(options, f"files   {num_files} in {record.folder}")
-        return _as_json(record), 0
-    return finish(record, fetch_result(record, timeout_s=1.0), lambda text: _say(options, text))
+    is_news = record.status == "running"
+    if record.call_id is not None and record.status != "cancelled":
+        try:
+            result = result_of(record, _ASK_S)
+        except TimeoutError:
+            raise LaunchError(
+                f"{record.job_id} is still running. Look at it with `composer-replication runs "
+                f"logs {record.job_id}`, or end it with `composer-replication runs cancel "
+                f"{record.job_id}`."
+            ) from None
+        except UnreachableError:
+            raise
+        except ComposerError:
+            if is_news:
+                with contextlib.suppress(InputError):
+                    bring_home_priced(record)
+                raise
+        else:
+            return finish(record, result, lambda text: _say(options, text))
+    num_files = bring_home_priced(record)
+    _say(options, f"files   {num_files} in {record.folder}")
+    return _as_json(record), 0
 
 
 def _resume(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
-    from dataclasses import replace
     from pathlib import Path
 
     from composer_replication.launch.function_spec import function_spec
@@ -162,13 +195,15 @@ def _resume(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
             f"{record.job_id} is still running, and twice in one folder would mix. Bring it home "
             f"with: composer-replication runs fetch {record.job_id}"
         )
+    if record.status == "launching":
+        end_orphan(record)
+    if options.budget is not None:
+        record.budget_usd = budget_usd(options.budget)
     job = with_other_limits(job, record, options.set)
-    assert job.timeout_s is not None
     assert record.worst_usd is not None
     if not ask(options, f"Spend at most {record.worst_usd:.2f} USD more on {record.job_id}?"):
         _say(options, "Nothing was sent.")
         return _as_json(record), 0
-    job = replace(job, deadline_s=time.time() + (job.retries + 1) * job.timeout_s)
     spec = function_spec(job, hub_secret=record.hub_secret, region=record.region)
     return carry_out_on_modal(
         job, spec, record, detaches=False, say=lambda text: _say(options, text)
@@ -192,6 +227,7 @@ RUNS = Verb(
     epilog=_EPILOG,
     options=(
         Option("--yes", None, "resume: spend without asking", "switch"),
+        Option("--budget", "USD", "resume: another cap, on all that the job has cost and may cost"),
         Option(
             "--set", "KEY=VALUE", "resume: another limit, such as modal.timeout_s=7200", "repeated"
         ),

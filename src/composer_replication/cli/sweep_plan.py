@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from composer_replication.errors import ConfigError, ModelError
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from composer_replication.config.run_config import RunConfig
     from composer_replication.experiments.sweep_grid import SweepMember
     from composer_replication.planner.candidate import Candidate
+    from composer_replication.planner.plan import Plan
 
 SWEEP_PLAN_SCHEMA = 1
 
@@ -28,6 +29,8 @@ class SweepBill:
     expected_usd: float
     """Of all members."""
     budget_usd: float | None
+    plan: "Plan"
+    """Of the member that chooses the card."""
 
     @property
     def worst_usd(self) -> float:
@@ -154,7 +157,7 @@ def show_sweep(
     from composer_replication.runs.json_text import to_json_text
 
     if not options.json:
-        _print_sweep(plan, num_done)
+        print_sweep(plan, num_done, sys.stdout)
         if function is not None:
             sys.stdout.write(to_json_text({"function": function}, indent=2) + "\n")
     candidates = plan.candidates
@@ -186,7 +189,14 @@ def show_sweep(
     return to_json_text(payload, indent=2)
 
 
-def _print_sweep(plan: SweepPlan, num_done: int) -> None:
+def print_sweep(plan: SweepPlan, num_done: int, stream: TextIO) -> None:
+    """The members as they start, each with its time and dollars, and the whole.
+
+    Args:
+        plan: of the sweep.
+        num_done: members that an earlier start has finished.
+        stream: to write to.
+    """
     from composer_replication.planner.duration_text import duration
 
     where = "here" if plan.bill is None else f"on {plan.bill.candidate.place.label}"
@@ -204,7 +214,7 @@ def _print_sweep(plan: SweepPlan, num_done: int) -> None:
         if plan.bill is not None
         else "cost    0 USD"
     )
-    sys.stdout.write("\n".join(lines) + "\n")
+    stream.write("\n".join(lines) + "\n")
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from composer_replication.cli.launching import ON, is_elsewhere
 from composer_replication.cli.modal_run import MODAL_OPTIONS
 from composer_replication.cli.modal_sweep import (
-    ask_for_sweep,
+    asks_for_sweep,
     modal_members,
     plan_sweep_on_modal,
+    sweep_billed_usd,
     sweep_function,
 )
 from composer_replication.cli.recorded_run import RUNS_FOLDER, carry_out_in_run
@@ -50,6 +51,7 @@ def _sweep(options: argparse.Namespace) -> Answer:
     from composer_replication.config.loading import load_config
     from composer_replication.experiments.sweep import members_to_run
     from composer_replication.experiments.sweep_grid import sweep_members
+    from composer_replication.runs.run_folders import latest_folder
 
     base = load_config(options.config, options.set)
     base = base.model_copy(update={"name": f"{base.name}-sweep"})
@@ -61,6 +63,8 @@ def _sweep(options: argparse.Namespace) -> Answer:
         num_seeds=whole_number("--seeds", options.seeds, default=1),
     )
     is_remote = is_elsewhere(options, may_dry_run=True) and options.on == "modal"
+    if options.resume and options.out is None:
+        options.out = latest_folder(RUNS_FOLDER, base.name)
     folder, function = options.out or RUNS_FOLDER / base.name, None
     waiting = members_to_run(members, folder) if options.resume else members
     asked = whole_number("--parallel", options.parallel, default=len(members) if is_remote else 1)
@@ -71,40 +75,40 @@ def _sweep(options: argparse.Namespace) -> Answer:
             if is_remote
             else plan_here(waiting, asked=asked)
         )
-    bill, num_parallel = plan.bill, plan.num_parallel
+    bill, num_parallel, num_done = plan.bill, plan.num_parallel, len(members) - len(waiting)
     if options.dry_run:
         if bill is not None:
             function = sweep_function(options, bill, folder, num_parallel)[1].to_payload()
-        num_done = len(members) - len(waiting)
         return show_sweep(plan, options, function, num_done=num_done), 0
-    if bill is not None:
-        ask_for_sweep(options, bill)
+    if bill is not None and not asks_for_sweep(options, plan, num_done=num_done):
+        return "{}", 0
     answers: list[str] = []
 
     def run_it(run: "RunDirectory", console: "Console") -> "Summary":
         from composer_replication.experiments.sweep import (
             REPORT_FILE,
-            local_member,
+            LocalMembers,
             refuse_other_members,
             run_sweep,
         )
 
         refuse_other_members(run, members)
         carrier = (
-            contextlib.nullcontext(local_member(run.path, num_parallel))
+            contextlib.nullcontext(LocalMembers(run.path, num_parallel))
             if bill is None
             else modal_members(options, bill, run.path, num_parallel)
         )
         summary: Summary | None = None
         # Modal's client takes Ctrl-C for the wish to detach and would let it end in its own block.
-        with carrier as start, contextlib.suppress(KeyboardInterrupt):
+        with carrier as carried, contextlib.suppress(KeyboardInterrupt):
             summary = run_sweep(
                 members,
                 run,
                 console,
-                start=start,
+                carrier=carried,
                 num_parallel=num_parallel,
                 planned_s=plan.planned_s,
+                billed_usd=lambda: sweep_billed_usd(run.path) if is_remote else None,
             )
         if summary is None:
             raise KeyboardInterrupt

@@ -32,12 +32,20 @@ def known_keys() -> dict[str, str]:
     return dict(_walk_fields(RunConfig, ""))
 
 
-def changed_keys(before: RunConfig, after: RunConfig) -> list[str]:
-    """Dotted keys whose values differ, without those that a resumed run may change."""
+def changed_keys(before: RunConfig, after: RunConfig, *, with_length: bool = False) -> list[str]:
+    """Dotted keys whose values differ, without those that a resumed run may change.
+
+    Args:
+        before: of the run as it was started.
+        after: as it would go on.
+        with_length: also how long a run is and what is kept of it; runs that are compared are
+            equally long.
+    """
     old = dict(_walk_values(before.model_dump(), ""))
     new = dict(_walk_values(after.model_dump(), ""))
     different = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
-    different -= _SAFE_KEYS
+    if not with_length:
+        different -= _SAFE_KEYS
     return sorted(key for key in different if not key.startswith(_SAFE_SECTIONS))
 
 

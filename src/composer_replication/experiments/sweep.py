@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 
-from composer_replication.config.loading import dump_config
+from composer_replication.config.config_keys import changed_keys
+from composer_replication.config.loading import dump_config, load_config
 from composer_replication.errors import InputError
 from composer_replication.experiments.sweep_grid import SweepMember
 from composer_replication.experiments.sweep_picture import sweep_page
@@ -34,8 +36,17 @@ from composer_replication.runs.summary import Check, Summary
 REPORT_FILE = "sweep.json"
 PICTURE_FILE = "report.html"
 
-StartMember = Callable[[SweepMember, Path, threading.Event], int]
-"""Carries a member out in its run directory and returns the exit code."""
+
+class MemberCarrier(Protocol):
+    """Where members run: here, or on Modal."""
+
+    def start(self, member: SweepMember, folder: Path, stops: threading.Event) -> int:
+        """Carry a member out in its run directory and return the exit code."""
+        ...
+
+    def ask_on_interrupt(self) -> None:
+        """Ctrl-C: decide what happens to the members that run; `stops` is set after that."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +76,10 @@ def run_sweep(
     run: RunDirectory,
     console: Console,
     *,
-    start: StartMember,
+    carrier: MemberCarrier,
     num_parallel: int,
     planned_s: Mapping[str, float],
+    billed_usd: Callable[[], float | None] = lambda: None,
 ) -> Summary:
     """Run the members that are not done, `num_parallel` at a time; rank all of them.
 
@@ -75,9 +87,10 @@ def run_sweep(
         members: in the order of the table.
         run: the sweep's own directory; gets `members/`, `logs/`, `sweep.json`, `report.html`.
         console: shows a line for each attempt, then the table.
-        start: how a member is carried out.
+        carrier: carries a member out.
         num_parallel: how many at a time.
         planned_s: seconds of each member by its name; the longest starts first.
+        billed_usd: what the whole has been billed, where somebody bills it.
 
     Raises:
         KeyboardInterrupt: after what was running has ended; `sweep.json` holds what is known.
@@ -109,16 +122,17 @@ def run_sweep(
     try:
         run_all(
             largest_first(waiting, lambda member: planned_s.get(member.name, 0.0)),
-            lambda member, _: start(member, folders.member(member.name), stops),
+            lambda member, _: carrier.start(member, folders.member(member.name), stops),
             num_parallel=num_parallel,
             has_passed=lambda exit_code: exit_code == 0,
             on_end=note,
             stops=stops,
+            on_interrupt=carrier.ask_on_interrupt,
         )
         is_complete = True
     finally:
         report = _report(members, folders, walls_s, num_parallel)
-        report.wall_s = time.monotonic() - started_s
+        report.wall_s, report.billed_usd = time.monotonic() - started_s, billed_usd()
         if not is_complete and report.status == "failed":
             report.status = "stopped"
         write_text_atomically(
@@ -135,31 +149,38 @@ def members_to_run(members: Sequence[SweepMember], sweep_folder: Path) -> list[S
     return [member for member in members if not has_passed(folders.member(member.name))]
 
 
-def local_member(sweep_folder: Path, num_parallel: int) -> StartMember:
+class LocalMembers:
     """Each member a process of its own on this machine, its output in `logs/`."""
-    folders = SweepFolders(sweep_folder)
-    # Each member would otherwise take every core, and together they would wait for one another.
-    threads = max((os.cpu_count() or 1) // num_parallel, 1)
-    environment = {"OMP_NUM_THREADS": str(threads)} if num_parallel > 1 else {}
-    environment = {k: v for k, v in environment.items() if k not in os.environ}
 
-    def start(member: SweepMember, folder: Path, stops: threading.Event) -> int:
-        job = Job(job_id=member.name, verb="train", arguments=(str(folders.config(member.name)),))
+    def __init__(self, sweep_folder: Path, num_parallel: int) -> None:
+        """Members of the sweep in that folder, so many at a time."""
+        self._folders = SweepFolders(sweep_folder)
+        # Each member would otherwise take every core, and together they would wait for one another.
+        threads = max((os.cpu_count() or 1) // num_parallel, 1)
+        environment = {"OMP_NUM_THREADS": str(threads)} if num_parallel > 1 else {}
+        self._environment = {k: v for k, v in environment.items() if k not in os.environ}
+
+    def start(self, member: SweepMember, folder: Path, stops: threading.Event) -> int:
+        """One attempt; the exit code of its process."""
+        config, log_path = self._folders.config(member.name), self._folders.log(member.name)
+        job = Job(job_id=member.name, verb="train", arguments=(str(config),))
         folder.parent.mkdir(exist_ok=True)
-        folders.log(member.name).parent.mkdir(exist_ok=True)
-        with folders.log(member.name).open("ab") as log:
+        log_path.parent.mkdir(exist_ok=True)
+        with log_path.open("ab") as log:
             return run_local(
-                job, folder, output=log, environment=environment, stops=stops
+                job, folder, output=log, environment=self._environment, stops=stops
             ).exit_code
 
-    return start
+    def ask_on_interrupt(self) -> None:
+        """Processes of this machine end with their sweep."""
 
 
 def refuse_other_members(run: RunDirectory, members: Sequence[SweepMember]) -> None:
-    """A resumed sweep may get more members, but none may fall out of its table unseen.
+    """A resumed sweep may get more members, but its table holds all, and what it holds compares.
 
     Raises:
-        InputError: the folder holds a member that this sweep does not have.
+        InputError: the folder holds a member that this sweep does not have, or one that ran with
+            other values than it would have now.
     """
     names = {member.name for member in members}
     folder = run.path / "configs"
@@ -169,6 +190,20 @@ def refuse_other_members(run: RunDirectory, members: Sequence[SweepMember]) -> N
             f"{run.path} holds {strangers[0]!r}, which is no member of this sweep. Give the grid "
             "and seeds it was started with (more are fine), or another --out."
         )
+    folders = SweepFolders(run.path)
+    for member in members:
+        if not has_passed(folders.member(member.name)):
+            continue
+        begun = load_config(folders.member(member.name) / "config.toml", [])
+        changed = [
+            key for key in changed_keys(begun, member.config, with_length=True) if key != "name"
+        ]
+        if changed:
+            raise InputError(
+                f"{member.name} ran with other values of {', '.join(changed)}, and one table "
+                f"cannot rank it among members that run with these. Leave {changed[0]} as it was, "
+                "or give another --out."
+            )
 
 
 def _report(
@@ -215,6 +250,9 @@ def _finish(report: SweepReport, run: RunDirectory, console: Console) -> Summary
         if result.status != "passed":
             log = folders.log(result.name)
             _say(console, f"{result.status}  {result.name}: {_reason(result)} Its log: {log}")
+    if report.billed_usd is not None:
+        reckoned = "" if report.cost_usd is None else f"; by their seconds {report.cost_usd:.4f}"
+        _say(console, f"bill    {report.billed_usd:.4f} USD for all members so far{reckoned}")
     if report.least_wall_s:
         _say(
             console,

@@ -114,7 +114,9 @@ class SweepReport(BaseModel):
     least_wall_s: Figure = None
     """The longest member, or all of them shared out evenly: no schedule is shorter."""
     cost_usd: Figure = None
-    """Of all members; null where nothing was billed."""
+    """Of all members, by their seconds; null where nothing was billed."""
+    billed_usd: Figure = None
+    """Modal's bill for all of them, where it is there yet."""
 
 
 def read_member(member: SweepMember, folder: Path) -> MemberResult:
@@ -167,7 +169,7 @@ def rank(results: Sequence[MemberResult]) -> list[SweepRow]:
 
 def print_table(report: SweepReport, console: Console) -> None:
     """The ranked points."""
-    keys = list(report.rows[0].point) if report.rows else []
+    keys = list(dict.fromkeys(key for row in report.rows for key in row.point))
     channels = list(dict.fromkeys(name for row in report.rows for name in row.channels))
     titles = [
         *("#", *keys, report.rows[0].scored_by if report.rows else "score", "spread", "seeds"),
@@ -184,7 +186,7 @@ def print_table(report: SweepReport, console: Console) -> None:
 def _table_line(row: SweepRow, keys: Sequence[str], channels: Sequence[str]) -> list[str]:
     return [
         str(row.rank),
-        *(row.point.get(key, "") for key in keys),
+        *(row.point.get(key, "base") for key in keys),
         _cell(row.score_mean, ".4f"),
         _cell(row.score_spread, ".4f"),
         f"{row.num_passed}/{row.num_seeds}",

@@ -110,7 +110,8 @@ def run_attempt(
     if ending.cause == "interrupt":
         raise KeyboardInterrupt
     if ending.cause == "deadline":
-        is_deadline = job.deadline_s is not None and end_s == job.deadline_s
+        has_had_its_time = job.timeout_s is not None and end_s - started_s > 0.9 * job.timeout_s
+        is_deadline = end_s == job.deadline_s and not has_had_its_time
         return _result("deadline" if is_deadline else "timeout", 1, folder, attempts)
     if ending.exit_code < 0 and _oom_kills() > oom_kills:
         return _result("out_of_memory", 1, folder, attempts)
@@ -119,8 +120,8 @@ def run_attempt(
         return _result("volume_full", 1, folder, attempts)
     if ending.exit_code < 0:
         raise LaunchError(
-            f"The run died of signal {-ending.exit_code}; another attempt goes on from its newest "
-            "checkpoint."
+            f"The run died of signal {-ending.exit_code}; an attempt after it goes on from its "
+            "newest checkpoint."
         )
     return _result("exit", ending.exit_code, folder, attempts)
 
@@ -149,6 +150,11 @@ class _Watch:
         """The newest checkpoint, and the parts that an evaluation has finished."""
         parts = sorted(self._folder.glob(f"{FIGURES_PREFIX}*.json"))
         return [*checkpoint_folders(self._folder / "checkpoints")[:1], *parts]
+
+
+def ended_s(result: Mapping[str, object]) -> float:
+    """Unix time at which the last attempt was alive."""
+    return cast("list[list[float]]", result["attempts"])[-1][1]
 
 
 def held_s(result: Mapping[str, object]) -> float:

@@ -1,16 +1,21 @@
 """`Job`: a run as data, and the command that carries it out wherever it is."""
 
 import base64
+import re
 import secrets
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Self, cast
 
 from composer_replication.errors import InputError
 
 JOB_SCHEMA = 1
+
+_LONGEST_NAME = 48
+_NOT_IN_TAGS = re.compile(r"[^A-Za-z0-9._-]+")
+"""Modal's tags have at most 63 characters, of these alone."""
 
 MAX_FILE_BYTES = 64 * 1024**2
 """Files travel with the call; what is larger belongs on the hub."""
@@ -83,8 +88,22 @@ class Job:
 
 
 def new_job_id(name: str) -> str:
-    """`name` with a suffix that no other job has."""
-    return f"{name}-{secrets.token_hex(3)}"
+    """`name`, as far as a tag on Modal can hold it, with a suffix that no other job has.
+
+    Example: `new_job_id("my run")` -> `"my-run-3f2a1b"`.
+    """
+    return f"{_NOT_IN_TAGS.sub('-', name)[:_LONGEST_NAME]}-{secrets.token_hex(3)}"
+
+
+def with_deadline(job: Job, now_s: float) -> Job:
+    """The job as it is sent: nothing of it runs when all attempts could have had their time-out.
+
+    Args:
+        job: with its time-out.
+        now_s: Unix time at which it is sent; what came before, an image or a question, takes time.
+    """
+    assert job.timeout_s is not None, "a remote job has a time-out"
+    return replace(job, deadline_s=now_s + (job.retries + 1) * job.timeout_s)
 
 
 def command_line(job: Job, folder: Path) -> list[str]:

@@ -5,7 +5,12 @@ They are told apart by name, so that this module starts without Modal's client.
 
 import re
 
-from composer_replication.errors import ComposerError, InputError, LaunchError
+from composer_replication.errors import (
+    ComposerError,
+    InputError,
+    LaunchError,
+    UnreachableError,
+)
 
 SETUP_REMEDY = (
     "Run `modal setup` once, or set MODAL_TOKEN_ID and MODAL_TOKEN_SECRET. "
@@ -14,9 +19,10 @@ SETUP_REMEDY = (
 
 _LIMIT_WORDS = re.compile(r"limit|budget|spend|quota|exceed|credit|payment|billing", re.IGNORECASE)
 _MEMORY_WORDS = re.compile(r"out.of.memory|\boom\b|memory limit", re.IGNORECASE)
+_NO_ANSWER = {"ConnectionError", "ServiceError", "InternalError"}
 _REFUSALS = (
     *("ResourceExhaustedError", "ConflictError", "PermissionDeniedError", "InvalidError"),
-    *("ExecutionError", "InternalError", "ServerWarning"),
+    *("ExecutionError", "ServerWarning"),
 )
 
 
@@ -28,7 +34,7 @@ def explain_modal_error(error: Exception) -> ComposerError | None:
     said = " ".join(str(error).split()) or type(error).__name__
     if "AuthError" in names:
         return InputError(f"Modal does not accept the credentials: {said[:200]} {SETUP_REMEDY}")
-    if "ConnectionError" in names:
+    if names & _NO_ANSWER:
         return unreachable(said[:200])
     if "FunctionTimeoutError" in names:
         return LaunchError(
@@ -38,14 +44,20 @@ def explain_modal_error(error: Exception) -> ComposerError | None:
         )
     if names & {"InputCancellation", "FunctionCallCancelled"} or "cancel" in said.lower():
         return LaunchError("The remote run was cancelled. What it had committed is kept.")
-    if _MEMORY_WORDS.search(said):
+    if "RemoteError" in names and _MEMORY_WORDS.search(said):
         return out_of_memory()
-    if names & set(_REFUSALS) and "gpu" in said.lower():
+    is_limit = _LIMIT_WORDS.search(said) is not None
+    # A limit on the number of cards speaks of them too.
+    if (
+        names & set(_REFUSALS)
+        and "gpu" in said.lower()
+        and not ("ResourceExhaustedError" in names and is_limit)
+    ):
         return InputError(
             f"Modal does not know that GPU, or not in that number: {said[:200]} "
             "`composer-replication plan CONFIG.toml --on modal` lists what it has."
         )
-    if names & set(_REFUSALS) and _LIMIT_WORDS.search(said):
+    if names & set(_REFUSALS) and is_limit:
         return LaunchError(
             f"Modal refused to run it: {said[:200]} A workspace's budget, credit or number of "
             "containers is used up: raise it at modal.com/settings, wait for other runs, or take a "
@@ -60,10 +72,18 @@ def explain_modal_error(error: Exception) -> ComposerError | None:
 
 
 def unreachable(where: str) -> ComposerError:
-    """Nothing answers at Modal's address."""
-    return LaunchError(
-        f"Modal cannot be reached ({where}), so nothing was started. Check the network and proxy, "
-        "or run it here with --on local."
+    """Nothing answers at Modal's address, or not as it should."""
+    return UnreachableError(
+        f"Modal cannot be reached ({where}). Check the network and proxy, then try again, or run "
+        "it here with --on local."
+    )
+
+
+def silent(seconds: float) -> ComposerError:
+    """Nothing has answered for that long, while a call was waited for."""
+    return UnreachableError(
+        f"Modal has not answered for {seconds:.0f} s. The run there may go on, so what it may cost "
+        "stays set aside. When the network is back: `composer-replication runs fetch ID`."
     )
 
 

@@ -1,8 +1,13 @@
 """Modal: the function made from a spec, its calls, and what comes back; alone imports modal."""
 
 import contextlib
+import math
 import os
 import socket
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -14,7 +19,12 @@ import modal
 import modal.config
 import modal.exception
 
-from composer_replication.errors import ComposerError, InputError
+from composer_replication.errors import (
+    ComposerError,
+    InputError,
+    LaunchError,
+    UnreachableError,
+)
 from composer_replication.launch.container import run_attempt
 from composer_replication.launch.function_spec import (
     APP_NAME,
@@ -26,6 +36,7 @@ from composer_replication.launch.function_spec import (
 from composer_replication.launch.modal_errors import (
     SETUP_REMEDY,
     explain_modal_error,
+    silent,
     unreachable,
 )
 from composer_replication.runs.atomic_files import temporary_name
@@ -37,6 +48,10 @@ _NO_SOURCE = ("**/__pycache__", "**/*.pyc")
 """The default leaves out whatever is not Python, and with it prices, schemas and data."""
 
 _HOUR_S = 3600.0
+
+_POLL_S = 2.0
+PATIENCE_S = 600.0
+"""How long a network may be away while a run goes on."""
 
 
 def run_in_container(payload: dict[str, object]) -> dict[str, object]:
@@ -120,22 +135,45 @@ def launched(spec: FunctionSpec, *, shows_output: bool = True) -> Iterator[Remot
     """
     check_credentials()
     check_reachable()
-    app, function = build(spec)
+    with explained():
+        app, function = build(spec)
     output = modal.enable_output() if shows_output else contextlib.nullcontext()
     with explained(), output, app.run(detach=True):
         assert app.app_id is not None, "a running app has an id"
         yield RemoteFunction(app.app_id, app.get_dashboard_url(), function)
 
 
-def wait_for(call_id: str, timeout_s: float | None = None) -> dict[str, object]:
-    """What the call returned, once it has.
+def wait_for(
+    call_id: str, timeout_s: float = math.inf, *, stops: threading.Event | None = None
+) -> dict[str, object]:
+    """What the call returned, once it has; a network that is away for a while is waited for.
+
+    Args:
+        call_id: of the call.
+        timeout_s: the longest wait.
+        stops: ends the wait.
 
     Raises:
-        TimeoutError: it has not after `timeout_s`.
+        TimeoutError: it has not returned after `timeout_s`, or `stops` is set.
+        UnreachableError: nobody answers; the call may go on.
         ComposerError: how it ended instead, in words.
     """
-    with explained():
-        return cast("dict[str, object]", modal.FunctionCall.from_id(call_id).get(timeout=timeout_s))
+    started_s = answered_s = time.monotonic()
+    while True:
+        try:
+            with explained():
+                call = modal.FunctionCall.from_id(call_id)
+                return cast("dict[str, object]", call.get(timeout=min(_POLL_S, timeout_s)))
+        except TimeoutError:
+            answered_s = time.monotonic()
+            is_stopped = stops is not None and stops.is_set()
+            if is_stopped or answered_s - started_s >= timeout_s:
+                raise
+        except UnreachableError as error:
+            silent_s = time.monotonic() - answered_s
+            if silent_s >= min(PATIENCE_S, timeout_s) or (stops is not None and stops.is_set()):
+                raise silent(silent_s) from error
+            time.sleep(_POLL_S)
 
 
 def cancel(call_id: str) -> None:
@@ -144,6 +182,23 @@ def cancel(call_id: str) -> None:
     check_reachable()
     with explained():
         modal.FunctionCall.from_id(call_id).cancel(terminate_containers=True)
+
+
+def stop_app(app_id: str) -> None:
+    """End an app and every container of it.
+
+    Raises:
+        LaunchError: Modal refused.
+    """
+    check_credentials()
+    check_reachable()
+    command = [sys.executable, "-m", "modal", "app", "stop", app_id, "--yes"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise LaunchError(
+            f"Modal did not stop {app_id}: {' '.join(done.stderr.split())[-300:]} What it runs "
+            "costs on: end it at modal.com/apps."
+        )
 
 
 def stream_logs(call_id: str) -> Iterator[str]:
@@ -190,7 +245,7 @@ def fetch_run(job_id: str, folder: Path) -> int:
 def billed_usd(run_id: str, since_s: float) -> float | None:
     """What Modal has billed under that tag; None where it says nothing yet.
 
-    Whole hours are reported, so the figure lags by up to one.
+    Whole hours are reported: until the hour is over in which the run ended, a part is missing.
     """
     start = datetime.fromtimestamp(since_s, UTC).replace(minute=0, second=0, microsecond=0)
     end = datetime.now(UTC) + timedelta(seconds=_HOUR_S)

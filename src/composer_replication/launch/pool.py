@@ -39,6 +39,7 @@ def run_all(
     has_passed: Callable[[Outcome], bool],
     on_end: Callable[[Attempt[Member, Outcome]], None],
     stops: threading.Event,
+    on_interrupt: Callable[[], None] = lambda: None,
 ) -> None:
     """Carry out every member, `num_parallel` at a time, and return when the last has ended.
 
@@ -51,12 +52,15 @@ def run_all(
         num_parallel: slots.
         has_passed: whether an outcome needs no retry.
         on_end: told of every attempt, in this thread.
-        stops: set on Ctrl-C or an error; `start` watches it and ends what it runs.
+        stops: set on Ctrl-C; `start` watches it and ends what it runs.
+        on_interrupt: told of Ctrl-C before that.
 
     Raises:
-        BaseException: what `start` raised, once what was running has ended; no member is started
-            after it. KeyboardInterrupt likewise.
+        BaseException: what `start` raised, once what was running has come to its own end; no member
+            is started after it.
+        KeyboardInterrupt: once what was running has been ended.
     """
+    is_closed = threading.Event()
     waiting: queue.SimpleQueue[Member] = queue.SimpleQueue()
     for member in members:
         waiting.put(member)
@@ -64,7 +68,7 @@ def run_all(
 
     def work() -> None:
         try:
-            while not stops.is_set():
+            while not (stops.is_set() or is_closed.is_set()):
                 try:
                     member = waiting.get_nowait()
                 except queue.Empty:
@@ -72,20 +76,21 @@ def run_all(
                 for number in range(1, ATTEMPTS + 1):
                     started_s = time.monotonic()
                     outcome = start(member, number)
-                    is_last = has_passed(outcome) or number == ATTEMPTS or stops.is_set()
+                    is_over = stops.is_set() or is_closed.is_set()
+                    is_last = has_passed(outcome) or number == ATTEMPTS or is_over
                     wall_s = time.monotonic() - started_s
                     ended.put(Attempt(member, number, outcome, wall_s, is_last))
                     if is_last:
                         break
         except BaseException as error:
-            stops.set()
+            is_closed.set()
             ended.put(error)
         ended.put(None)
 
     workers = [threading.Thread(target=work) for _ in range(min(num_parallel, len(members)))]
     for worker in workers:
         worker.start()
-    failure = _collect(len(workers), ended, on_end, stops)
+    failure = _collect(len(workers), ended, on_end, stops, on_interrupt)
     for worker in workers:
         worker.join()
     if failure is not None:
@@ -97,6 +102,7 @@ def _collect(
     ended: "queue.SimpleQueue[Attempt[Member, Outcome] | BaseException | None]",
     on_end: Callable[[Attempt[Member, Outcome]], None],
     stops: threading.Event,
+    on_interrupt: Callable[[], None],
 ) -> BaseException | None:
     """Pass attempts on until every worker is done; the first error, if there was one."""
     failure: BaseException | None = None
@@ -113,6 +119,8 @@ def _collect(
         except queue.Empty:
             continue
         except KeyboardInterrupt as error:
+            if not stops.is_set():
+                on_interrupt()
             stops.set()
             failure = failure or error
     return failure

@@ -1,5 +1,6 @@
 """What is kept on disk of every launched job, so that it can be found, ended and gone on with."""
 
+import contextlib
 import json
 import os
 import socket
@@ -105,9 +106,35 @@ def load_job(runs: Path, job_id: str) -> Job:
 
 
 def load_records(runs: Path) -> list[LaunchRecord]:
-    """Every launched job, the oldest first."""
-    records = [_read(path) for path in (runs / RECORDS_FOLDER).glob("*.json")]
+    """Every launched job, the oldest first; records of another version are passed over."""
+    records: list[LaunchRecord] = []
+    for path in (runs / RECORDS_FOLDER).glob("*.json"):
+        with contextlib.suppress(RunDirectoryError):
+            records.append(_read(path))
     return sorted(records, key=lambda record: record.created_s)
+
+
+def newest_record_of(runs: Path, folder: Path) -> LaunchRecord | None:
+    """The last job that was launched with that run directory."""
+    place = folder.resolve()
+    found = [record for record in load_records(runs) if Path(record.folder).resolve() == place]
+    return found[-1] if found else None
+
+
+def refuse_launched(runs: Path, folder: Path) -> None:
+    """A folder that a job on Modal will be brought home to is not for another run.
+
+    Raises:
+        RunDirectoryError: such a job is under way.
+    """
+    record = newest_record_of(runs, folder)
+    if record is None or record.where == "local" or record.status not in ("launching", "running"):
+        return
+    raise RunDirectoryError(
+        f"{folder} is where {record.job_id} comes home, which is {record.status} on Modal. Two "
+        "runs in one folder would mix. Choose another --out, or first `composer-replication runs "
+        f"fetch {record.job_id}`."
+    )
 
 
 def run_status(folder: Path) -> Status | None:

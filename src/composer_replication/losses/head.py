@@ -6,7 +6,7 @@ fp64): rounding logits to bf16 moves a divergence of nearly equal distributions 
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -190,7 +190,7 @@ def tiles(
 
 
 @contextmanager
-def alike_tiles_skipped() -> Iterator[None]:
+def alike_tiles_skipped() -> Generator[None]:
     """Walk two tiles of each kind and leave out the others, whose values stay unset.
 
     For tensors that have sizes and no values: what a step allocates, its first two alike tiles say.
