@@ -77,8 +77,9 @@ class GuardsConfig(ConfigModel):
     """Steps in a row whose gradient norm was nan or infinite. Under fp16 at least 20, since its
     loss scaling finds its scale by overflowing. 0 or None: never stops."""
     heldout_evaluations: int | None = Field(default=2, ge=0)
-    """Evaluations in a row whose held-out reward is under the best one by `heldout_drop` while the
-    training reward rose. `evaluation.every_steps` makes them; a trainer in Python has them with
-    `eval_dataset`. 0 or None: never stops."""
+    """Evaluations in a row whose held-out reward is under that of the best as many before them, by
+    `heldout_drop` and by more than their noise, while the training reward rose.
+    `evaluation.every_steps` makes them; a trainer in Python has them with `eval_dataset`, in at
+    least two batches. 0 or None: never stops."""
     heldout_drop: float = Field(default=0.1, ge=0)
-    """How far under the best evaluation counts as fallen, in units of the reward."""
+    """How far under the best evaluations counts as fallen, in units of the reward."""

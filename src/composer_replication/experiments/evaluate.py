@@ -8,9 +8,11 @@ The model's weights, its mode and torch's random state are as before afterwards,
 this between two steps.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import cast
 
 from torch import nn
@@ -89,6 +91,14 @@ class EvaluationResult:
     def mean_reward(self) -> float:
         """Mean of the graded reward; a failed environment counts 0."""
         return sum(episode.reward or 0.0 for episode in self.episodes) / len(self.episodes)
+
+    @property
+    def reward_standard_error(self) -> float | None:
+        """Of `mean_reward`, over the prompts; None of a single prompt."""
+        size = self.num_samples
+        rewards = [episode.reward or 0.0 for episode in self.episodes]
+        means = [fmean(rewards[i : i + size]) for i in range(0, len(rewards), size)]
+        return stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
     @property
     def error_kinds(self) -> dict[str, int]:

@@ -107,6 +107,8 @@ class HeldoutEvaluation(TrainerCallback):
         if self.trainer is not None:
             # Not TRL's own log, which would empty the figures that the next step's row collects.
             logs = {"eval_reward": _number(row, "reward"), "eval_success": _number(row, "success")}
+            if row.get("reward_se") is not None:
+                logs["eval_reward_se"] = _number(row, "reward_se")
             Trainer.log(self.trainer, logs)
 
     def _row(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> StepRow:
@@ -130,6 +132,7 @@ class HeldoutEvaluation(TrainerCallback):
             "low": result.success.low,
             "high": result.success.high,
             "reward": result.mean_reward,
+            "reward_se": result.reward_standard_error,
             "num_prompts": len(self._prompts),
             "num_failed": result.num_failed,
             "seconds": round(seconds, 2),

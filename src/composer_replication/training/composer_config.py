@@ -137,8 +137,8 @@ class ComposerConfig(GRPOConfig):
     guard_non_finite_steps: int | None = 1
     """Steps in a row whose gradient norm is not finite; under fp16 at least 20."""
     guard_heldout_evaluations: int | None = 2
-    """Evaluations in a row (of `eval_dataset`) under the best by guard_heldout_drop while the
-    training reward rose."""
+    """Evaluations in a row (of `eval_dataset`, in at least two batches) under the best as many by
+    guard_heldout_drop and more than their noise while the training reward rose."""
     guard_heldout_drop: float = 0.1
     """Of the held-out reward."""
 

@@ -16,7 +16,6 @@ from composer_replication.runs.checkpoint_folders import checkpoint_folders
 from composer_replication.step.channels import CHANNELS
 from composer_replication.training.channel_plan import scheduled
 from composer_replication.training.composer_config import ComposerConfig
-from composer_replication.training.heldout_guard import heldout_fall
 
 FP16_OVERFLOWS = 20
 """Steps that loss scaling may overflow in a row while it halves its way from 65536 to below 1."""
@@ -71,9 +70,6 @@ class RunGuards(TrainerCallback):
             floor = FP32_EFFECT_FLOOR if is_fp32 else HALF_EFFECT_FLOOR
         guards = _guards(args, channels, floor) if args.guard_enabled else []
         self._guards = [guard for guard in guards if guard.num_steps]
-        is_on = args.guard_enabled
-        self._heldout_evaluations = int(args.guard_heldout_evaluations or 0) if is_on else 0
-        self._heldout_drop = args.guard_heldout_drop
 
     def on_log(
         self,
@@ -85,11 +81,7 @@ class RunGuards(TrainerCallback):
     ) -> None:
         """Look at the row that was just logged and at those before it."""
         del control, kwargs
-        if logs is None:
-            return
-        if "eval_reward" in logs:
-            self._check_heldout(args, state)
-        if "loss" not in logs:
+        if logs is None or "loss" not in logs:
             return
         for guard in self._guards:
             bad, steps = self._stretch(guard, state.log_history)
@@ -101,17 +93,6 @@ class RunGuards(TrainerCallback):
                     f"To go on regardless set guards.{guard.key} = 0 (in Python "
                     f"guard_{guard.key} = 0)."
                 )
-
-    def _check_heldout(self, args: TrainingArguments, state: TrainerState) -> None:
-        if not self._heldout_evaluations:
-            return
-        fall = heldout_fall(state.log_history, self._heldout_evaluations, self._heldout_drop)
-        if fall is not None:
-            raise TrainingError(
-                f"Stopped at step {state.global_step} by guards.heldout_evaluations. "
-                f"{fall.explain(Path(str(args.output_dir)))} To go on regardless set "
-                "guards.heldout_evaluations = 0 (in Python guard_heldout_evaluations = 0)."
-            )
 
     def _stretch(self, guard: Guard, rows: Sequence[LogRow]) -> tuple[list[LogRow], list[int]]:
         """The bad rows at the end of the log, and the steps since they began that count."""

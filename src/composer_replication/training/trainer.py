@@ -34,6 +34,7 @@ from composer_replication.training.generation_plan import (
     GenerationPlanner,
     refuse_reentrant_checkpointing,
 )
+from composer_replication.training.heldout_guard import HeldoutGuard
 from composer_replication.training.metrics import StepClock, means_over_ranks
 from composer_replication.training.packing import Packing
 from composer_replication.training.record_loader import hint_sites_from, pairs_from
@@ -126,6 +127,7 @@ class ComposerReplicationTrainer(GRPOTrainer):
         policy = cast(nn.Module, self.model)
         is_fp32 = self.accelerator.mixed_precision == "no" and policy.dtype == torch.float32
         self.add_callback(RunGuards(args, tuple(self.channel_weights), is_fp32=is_fp32))
+        self.add_callback(HeldoutGuard(args, self._metrics["eval"]))
         collator = RecordTextCollator if args.credit_every else ComposerDataCollator
         self.collator = collator(
             cast(PreTrainedTokenizerBase, self.processing_class),

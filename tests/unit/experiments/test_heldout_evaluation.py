@@ -13,7 +13,7 @@ from composer_replication.runs.summary import HeldoutScores
 JUDGE = """
 from composer_replication.environments.protocol import Observation
 
-rewards = {"train": 0.0, "heldout": 1.0}
+rewards = {"train": 0.0, "heldout": 2.2}
 
 class ByLetters:
     def reset(self, split="", **row):
@@ -29,7 +29,7 @@ class ByLetters:
 class Drifts(ByLetters):
     def get_reward(self):
         rewards[self.split] += {"train": 0.01, "heldout": -0.2}[self.split]
-        return rewards[self.split]
+        return min(rewards[self.split], 1.0)
 """
 
 
@@ -115,13 +115,16 @@ def test_a_heldout_reward_that_falls_while_the_training_reward_rises_stops_the_r
     config, tmp_path, capsys
 ):
     """The environment praises training prompts more and more, and held-out ones less and less."""
-    path = config(every_steps=1, prompts=1)
+    path = config(every_steps=1, prompts=2)
     path.write_text(path.read_text().replace("ByLetters", "Drifts"))
-    assert main(["train", str(path), "--out", str(tmp_path / "run")]) == 1
+    flags = ["--set", "grpo.max_steps=5", "--out", str(tmp_path / "run")]
+    assert main(["train", str(path), *flags]) == 1
     error = " ".join(capsys.readouterr().err.split())
-    assert "Stopped at step 2 by guards.heldout_evaluations" in error
-    assert "held-out reward fell from 0.8 at step 0" in error
-    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2]
+    assert "Stopped at step 4 by guards.heldout_evaluations" in error
+    assert "held-out reward fell from 1 at step 2 to 0.5 (standard error 0.063)" in error
+    found = rows(tmp_path / "run")
+    assert [row["reward"] for row in found] == pytest.approx([1, 1, 1, 0.7, 0.3])
+    assert [row["reward_se"] for row in found] == pytest.approx([0, 0, 0, 0.1, 0.1])
 
 
 def test_data_without_a_heldout_split_is_refused_before_the_model_loads(config, tmp_path, capsys):
