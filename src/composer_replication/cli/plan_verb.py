@@ -37,7 +37,7 @@ def _plan(options: argparse.Namespace) -> Answer:
     from composer_replication.planner.local_machine import this_machine
     from composer_replication.planner.plan import Planner, make_plan
     from composer_replication.planner.plan_json import plan_json
-    from composer_replication.planner.plan_table import print_plan
+    from composer_replication.planner.plan_table import NextOptions, print_plan
     from composer_replication.planner.solving import solve
 
     config = load_config(options.config, options.set)
@@ -55,7 +55,8 @@ def _plan(options: argparse.Namespace) -> Answer:
         # A pipe has no width, and a table that breaks its lines cannot be read.
         console = Console()
         console.width = max(console.width, _TABLE_WIDTH)
-        print_plan(plan, console, config_path=options.config, solved=solved)
+        along = NextOptions(options.set, request.budget_usd)
+        print_plan(plan, console, config_path=options.config, solved=solved, next_options=along)
     return plan_json(plan, solved), plan.exit_code
 
 

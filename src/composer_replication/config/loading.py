@@ -10,8 +10,9 @@ import tomlkit
 from pydantic import ValidationError
 
 from composer_replication.config.explain_errors import explain
+from composer_replication.config.grpo_keys import section_problems
 from composer_replication.config.run_config import RunConfig
-from composer_replication.errors import ConfigError
+from composer_replication.errors import ConfigError, listed
 
 _Table = dict[str, object]
 
@@ -27,10 +28,14 @@ def load_config(path: Path | None, overrides: Sequence[str]) -> RunConfig:
     for override in overrides:
         _apply_override(table, override)
     try:
-        return RunConfig.model_validate(table)
+        config = RunConfig.model_validate(table)
     except ValidationError as error:
         source = str(path) if path is not None else "configuration"
         raise ConfigError(explain(error, table, source)) from None
+    problems = section_problems(config.grpo)
+    if problems:
+        raise ConfigError(listed(problems))
+    return config
 
 
 def dump_config(config: RunConfig) -> str:

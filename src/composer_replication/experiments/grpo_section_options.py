@@ -14,6 +14,7 @@ from typing import cast
 from pydantic import JsonValue
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from composer_replication.config.grpo_keys import group_problem
 from composer_replication.errors import (
     ConfigError,
     MissingDependencyError,
@@ -223,7 +224,9 @@ def check_grpo_section(grpo: Grpo, *, device_type: str) -> None:
     """
     problems = value_problems(grpo)
     if not problems:
-        problems = [*_ignored(grpo), *_unsupported(grpo, device_type), *_groups(grpo)]
+        problems = [*_ignored(grpo), *_unsupported(grpo, device_type)]
+        cut = group_problem(grpo, int(os.environ.get("WORLD_SIZE", "1")))
+        problems += [] if cut is None else [cut]
         problems += _unknown_reports(grpo.get("report_to"))
     if problems:
         raise ConfigError(listed(problems))
@@ -305,32 +308,4 @@ def _unknown_reports(report_to: JsonValue) -> list[str]:
         f"{nearest(name, known)} Set it to 'none' to keep metrics.jsonl alone."
         for name in cast(list[str], names)
         if name not in known
-    ]
-
-
-def _groups(grpo: Grpo) -> list[str]:
-    """Whole groups in a generation, and whole optimizer steps."""
-
-    def count(key: str) -> int:
-        return cast(int, grpo.get(key, _defaults()[key]))
-
-    rows, accumulation = count("per_device_train_batch_size"), count("gradient_accumulation_steps")
-    group = count("num_generations")
-    per_generation = grpo.get("steps_per_generation")
-    if isinstance(per_generation, int) and per_generation % accumulation:
-        return [
-            f"grpo.steps_per_generation is {per_generation} and grpo.gradient_accumulation_steps "
-            f"is {accumulation}, so an optimizer step would span several generations and could not "
-            "count its tokens before it starts. Make the first a multiple of the second."
-        ]
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    rollouts = rows * accumulation * num_processes
-    if "generation_batch_size" in grpo or per_generation is not None or rollouts % group == 0:
-        return []
-    processes = f" x {num_processes} processes" if num_processes > 1 else ""
-    return [
-        f"grpo.per_device_train_batch_size {rows} x gradient_accumulation_steps {accumulation}"
-        f"{processes} makes {rollouts} rollouts a step, and a group has grpo.num_generations = "
-        f"{group}: one would be cut. Set grpo.per_device_train_batch_size = {group}, or make the "
-        f"product another multiple of {group}."
     ]

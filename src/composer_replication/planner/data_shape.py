@@ -68,6 +68,11 @@ def data_shape(folder: str | None) -> DataShape:
             "known. Give a folder with prompts.jsonl, or leave data out for the shipped task."
         )
     prompts = list(_rows(path / "prompts.jsonl"))
+    if not prompts:
+        raise DataError(
+            f"{path / 'prompts.jsonl'} has no line, so there is nothing to roll out. Give a folder "
+            "with prompts, or leave data out for the shipped task."
+        )
     sites = list(_rows(path / "hint_sites.jsonl"))
     pairs = list(_rows(path / "pairs.jsonl"))
     states = [_text(row.get("state")) for row in [*sites, *pairs]]
@@ -88,7 +93,14 @@ def prompt_lengths(rows: Sequence[Mapping[str, object]]) -> RecordLengths:
 def _rows(path: Path) -> Iterator[Mapping[str, object]]:
     if not path.is_file():
         return
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} cannot be read as text ({error}). Give a file in UTF-8 with one JSON object a "
+            "line."
+        ) from None
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -6,7 +6,7 @@ Letters: V vocabulary, H hidden, Q all query heads, K all key-value heads, I int
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from composer_replication.errors import ModelError
+from composer_replication.errors import ConfigError, ModelError
 
 GATED_DECODERS = {
     # model_type: (bias on q, k, v; norms on q and k)
@@ -95,6 +95,19 @@ class ModelShape:
         """Of the adapters of rank `r` in one layer."""
         sizes = self.linear_sizes
         return sum(r * sum(sizes[name]) for name in adapted_linears(targets))
+
+
+def check_targets(targets: tuple[str, ...] | str) -> None:
+    """Refuse an adapter that would sit on nothing.
+
+    Raises:
+        ConfigError: targets of which a layer has none.
+    """
+    if not adapted_linears(targets):
+        raise ConfigError(
+            f"lora.target_modules is {list(targets)}, and a layer has none of them: it has "
+            f"{', '.join(LINEAR_NAMES)}. Name some of those, or write 'all-linear'."
+        )
 
 
 def adapted_linears(targets: tuple[str, ...] | str) -> tuple[str, ...]:

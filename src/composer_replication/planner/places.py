@@ -24,13 +24,20 @@ def places(machine: LocalMachine, on: On, gpu: GpuRequest | None) -> list[Place]
         gpu: the only card to look at; None: all.
 
     Raises:
-        ConfigError: a card that is not where it was asked for.
+        ConfigError: a card that is not where it was asked for, or none that is known.
     """
     found: list[Place] = []
     if on in ("local", "all"):
         found += _local(machine, on, gpu)
     if on in ("modal", "all"):
         found += _modal(on, gpu)
+    if not found:
+        named = ", ".join(card.name for card in machine.cards)
+        raise ConfigError(
+            f"This machine has {named}, which is not in the table of cards, so neither its memory "
+            "nor its speed is planned with. Run it and see, or plan for another card with --gpu or "
+            "--on modal."
+        )
     return found
 
 

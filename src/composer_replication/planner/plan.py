@@ -150,6 +150,7 @@ class Planner:
             device_type=device_type,
             computes_bf16=computes_bf16,
             has_flash=has_flash,
+            num_processes=max(place.num_gpus, 1),
             verb=self.request.verb,
         )
 

@@ -1,5 +1,8 @@
 """A plan as a reader decides by it: the answer, the table, and the next command."""
 
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -13,8 +16,26 @@ from composer_replication.planner.solving import Solved
 from composer_replication.planner.wall_clock import num_steps
 
 
+@dataclass(frozen=True, slots=True)
+class NextOptions:
+    """What a plan was made with and a run of it has to be told.
+
+    Example: `NextOptions(["lora.r=8"], budget_usd=5.0)`.
+    """
+
+    overrides: Sequence[str]
+    """`KEY=VALUE` of every `--set`."""
+    budget_usd: float | None
+    """The cap that was given."""
+
+
 def print_plan(
-    plan: Plan, console: Console, *, config_path: Path | None, solved: list[Solved]
+    plan: Plan,
+    console: Console,
+    *,
+    config_path: Path | None,
+    solved: list[Solved],
+    next_options: NextOptions | None = None,
 ) -> None:
     """Print the plan.
 
@@ -23,6 +44,7 @@ def print_plan(
         console: to print on.
         config_path: of the configuration, for the next command.
         solved: what `--solve` found; empty where it was not asked for.
+        next_options: that the next command takes along; None: it is being carried out already.
     """
 
     def line(title: str, text: str) -> None:
@@ -51,8 +73,8 @@ def print_plan(
     for warning in plan.warnings:
         line("note", warning)
     line("prices", f"of {plan.prices_as_of}, USD; worst is every attempt at its time-out")
-    if chosen is not None and chosen.shape.verb != "evaluate":
-        line("next", _next_command(chosen, config_path))
+    if chosen is not None and next_options is not None:
+        line("next", _next_command(chosen, config_path, next_options))
 
 
 def _table(plan: Plan) -> Table:
@@ -117,6 +139,14 @@ def _dollars(candidate: Candidate) -> str:
     return f"{expected} to its end, at worst {candidate.worst_usd:.2f} for this call, which ends it"
 
 
-def _next_command(chosen: Candidate, config_path: Path | None) -> str:
-    file = "" if config_path is None else f" {config_path}"
-    return f"composer-replication {chosen.shape.verb}{file}"
+def _next_command(chosen: Candidate, config_path: Path | None, options: NextOptions) -> str:
+    """What does as it was planned, quoted for a shell."""
+    words = ["composer-replication", chosen.shape.verb]
+    words += [] if config_path is None else [str(config_path)]
+    words += [word for override in options.overrides for word in ("--set", override)]
+    if chosen.place.where == "modal":
+        words += ["--on", "modal", "--gpu", chosen.place.label]
+        words += [] if options.budget_usd is None else ["--budget", f"{options.budget_usd:g}"]
+    elif chosen.place.num_gpus > 1:
+        words += ["--on", "local"]
+    return shlex.join(words)

@@ -8,9 +8,9 @@ from datetime import date
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from composer_replication.errors import ConfigError, MissingDependencyError
 from composer_replication.planner.hardware import GPUS
@@ -29,6 +29,9 @@ _RATE_KEYS = {
     if gpu.is_on_modal
 }
 
+Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""A price, a size or a factor, none of which is negative."""
+
 
 class PriceTable(BaseModel):
     """What Modal charges, in USD.
@@ -46,22 +49,30 @@ class PriceTable(BaseModel):
     """Day on which the prices were read."""
     source: str
     """Where they were read."""
-    gpu_usd_per_hour: dict[str, float]
-    """By the card's name."""
-    cpu_core_usd_per_hour: float
+    gpu_usd_per_hour: dict[str, Usd]
+    """By the card's name; all that Modal rents."""
+    cpu_core_usd_per_hour: Usd
     """A physical core is two virtual ones."""
-    memory_gib_usd_per_hour: float
+    memory_gib_usd_per_hour: Usd
     """Of RAM."""
-    volume_gib_usd_per_month: float
+    volume_gib_usd_per_month: Usd
     """Of stored files beyond `volume_free_gib`."""
-    volume_free_gib: float
+    volume_free_gib: Usd
     """Stored without charge."""
-    broad_region_factor: float
+    broad_region_factor: Usd
     """Multiplies every rate where a continent is asked for, such as `eu`."""
-    narrow_region_factor: float
+    narrow_region_factor: Usd
     """Where one region is asked for, such as `us-east`."""
-    monthly_credit_usd: float
+    monthly_credit_usd: Usd
     """Credit of the plan without a fee."""
+
+    @field_validator("gpu_usd_per_hour")
+    @classmethod
+    def _every_rented_card(cls, rates: dict[str, float]) -> dict[str, float]:
+        missing = [name for name in _RATE_KEYS if name not in rates]
+        if missing:
+            raise ValueError(f"no price of {', '.join(missing)}")
+        return rates
 
     def age_warning(self, today: date) -> str | None:
         """A sentence about a table too old to trust; None while it is not."""
@@ -94,10 +105,18 @@ def current_prices() -> PriceTable:
         fetched = PriceTable.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError) as error:
         raise ConfigError(
-            f"{path} does not hold a price table ({type(error).__name__}). Delete it, or write it "
+            f"{path} does not hold a price table ({_reason(error)}). Delete it, or write it "
             "again with: composer-replication plan --refresh"
         ) from None
     return fetched if fetched.as_of > shipped.as_of else shipped
+
+
+def _reason(error: Exception) -> str:
+    """Where a table is wrong, in a few words."""
+    if not isinstance(error, ValidationError):
+        return type(error).__name__
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
 
 
 def refresh_prices(today: date) -> PriceTable:

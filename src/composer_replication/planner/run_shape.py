@@ -6,19 +6,13 @@ from typing import Literal, cast
 
 from pydantic import JsonValue
 
+from composer_replication.config.grpo_keys import TRL_DEFAULTS, group_problem
 from composer_replication.config.run_config import RunConfig
 from composer_replication.errors import ConfigError
 from composer_replication.planner.data_shape import DataShape
 from composer_replication.planner.model_files import Settings
+from composer_replication.planner.model_shape import check_targets
 from composer_replication.planner.step_case import OptimizerName, StepCase, TeacherKind
-
-TRL_DEFAULTS = {
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "num_generations": 8,
-    "max_completion_length": 512,
-    "num_iterations": 1,
-}
 
 SMOKE_STEPS = 50
 """Most that a smoke takes where `smoke.steps` says nothing."""
@@ -93,6 +87,7 @@ def run_shape(
     device_type: Literal["cpu", "cuda"],
     computes_bf16: bool,
     has_flash: bool = True,
+    num_processes: int = 1,
     verb: RunVerb | None = None,
 ) -> RunShape:
     """The numbers of a run.
@@ -105,16 +100,20 @@ def run_shape(
         computes_bf16: the device multiplies bf16, so the run computes in it unless it is told
             otherwise.
         has_flash: the card runs torch's flash attention.
+        num_processes: cards that share a step, each with rows of its own.
         verb: that runs it; None: `train` where `[grpo]` sets a length, `smoke` otherwise.
 
     Raises:
-        ConfigError: an optimizer whose memory is not known.
+        ConfigError: an optimizer whose memory is not known, or rollouts that are no whole groups.
     """
     micro_batches = count(config, "gradient_accumulation_steps")
+    cut = group_problem(config.grpo, num_processes)
+    if cut is not None and config.smoke.fixed_shapes is None:
+        raise ConfigError(cut)
     verb = verb or _verb(config)
     setting = _setting(config, settings, device_type, computes_bf16, has_flash)
     case = _with_rows(setting, config, data, verb)
-    num_steps = _num_steps(config, data, verb)
+    num_steps = _num_steps(config, data, verb, num_processes)
     every_steps = config.evaluation.every_steps if verb == "train" else None
     takes_what_fits = verb == "smoke" and config.smoke.steps is None and device_type == "cpu"
     return RunShape(
@@ -158,6 +157,8 @@ def _setting(
             f"grpo.optim is {name!r}, whose memory is not known here. Known: "
             f"{', '.join(_OPTIMIZERS)}. Plan with one of them for an upper bound."
         )
+    targets = "all-linear" if lora is None else _targets(lora.target_modules)
+    check_targets(targets)
     # With both extra channels off TRL runs its own forward, unless asked not to.
     has_channels = config.alpha_sdpo > 0 or config.beta_replay > 0
     is_packed = config.tree == "always" or (config.tree == "auto" and has_channels)
@@ -169,7 +170,7 @@ def _setting(
         autocasts=autocasts,
         optimizer=_OPTIMIZERS[name],
         lora_r=None if lora is None else lora.r,
-        lora_targets="all-linear" if lora is None else _targets(lora.target_modules),
+        lora_targets=targets,
         checkpoints=bool(config.grpo.get("gradient_checkpointing", False)),
         executor="packed" if is_packed else "separate",
         device_type=device_type,
@@ -294,7 +295,7 @@ def _verb(config: RunConfig) -> RunVerb:
     return "train" if is_train else "smoke"
 
 
-def _num_steps(config: RunConfig, data: DataShape, verb: RunVerb) -> int:
+def _num_steps(config: RunConfig, data: DataShape, verb: RunVerb, num_processes: int) -> int:
     if verb == "smoke":
         return config.smoke.steps or SMOKE_STEPS
     steps = config.grpo.get("max_steps", -1)
@@ -302,6 +303,6 @@ def _num_steps(config: RunConfig, data: DataShape, verb: RunVerb) -> int:
         return steps
     epochs = cast(float, config.grpo.get("num_train_epochs", _TRL_EPOCHS))
     rows = count(config, "per_device_train_batch_size")
-    rows_a_step = rows * count(config, "gradient_accumulation_steps")
+    rows_a_step = rows * count(config, "gradient_accumulation_steps") * num_processes
     all_rows = data.num_prompts * count(config, "num_generations")
     return max(1, math.ceil(epochs * all_rows / rows_a_step))

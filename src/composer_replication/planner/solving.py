@@ -6,13 +6,14 @@ from typing import cast
 
 from pydantic import ValidationError
 
+from composer_replication.config.grpo_keys import TRL_DEFAULTS
 from composer_replication.config.run_config import RunConfig
 from composer_replication.errors import ConfigError
 from composer_replication.planner.candidate import Candidate, Place
 from composer_replication.planner.memory import predict
 from composer_replication.planner.plan import Planner
 from composer_replication.planner.run_memory import run_memory
-from composer_replication.planner.run_shape import TRL_DEFAULTS, RunShape
+from composer_replication.planner.run_shape import RunShape
 
 MAX_LENGTH = "max_length"
 """Tokens of every row: of rollouts, of the teacher's rows and of pairs."""

@@ -6,7 +6,9 @@ import pytest
 
 from composer_replication.cli import main
 from composer_replication.config.loading import load_config
+from composer_replication.errors import ConfigError
 from composer_replication.planner.hardware import parse_gpu
+from composer_replication.planner.local_machine import LocalCard, LocalMachine
 from composer_replication.planner.plan import PlanRequest, make_plan
 from composer_replication.planner.plan_json import PlanAnswer, plan_json, plan_json_schema
 from composer_replication.planner.prices import shipped_prices
@@ -59,6 +61,7 @@ def test_where_nothing_fits_the_miss_and_a_way_out_are_named(planned, machine):
 def test_the_change_that_is_named_does_let_it_fit(planned, machine):
     options = ["model=shape:qwen2.5-0.5b", "smoke.max_shape_tokens=1024", "tree=off"]
     options += ["batch.max_context_tokens=1024", "grpo.per_device_train_batch_size=2"]
+    options += ["grpo.num_generations=2"]
     config = load_config(None, options)
     plan = planned(config, machine(), on="modal", gpu=parse_gpu("L4"))
     assert plan.exit_code == 1
@@ -155,12 +158,15 @@ CHEAP = ["--set", "model=shape:qwen2.5-0.5b", "--set", "smoke.fixed_shapes=[2, 2
 
 
 def test_the_answer_comes_first_and_the_next_command_last(capsys):
-    code, out, _ = run_plan(capsys, *CHEAP, "--on", "modal")
+    code, out, _ = run_plan(capsys, *CHEAP, "--on", "modal", "--budget", "3")
     lines = out.splitlines()
     assert code == 0
     assert lines[0].startswith("run     ")
     assert lines[1].startswith("why     ")
-    assert lines[-1] == "next    composer-replication smoke"
+    assert lines[-1] == (
+        "next    composer-replication smoke --set model=shape:qwen2.5-0.5b --set "
+        "'smoke.fixed_shapes=[2, 256]' --on modal --gpu L4 --budget 3"
+    )
     assert sum(line.startswith("->") for line in lines) == 1
 
 
@@ -202,8 +208,20 @@ def test_solve_takes_any_whole_number_of_the_file(capsys):
         (["--set", "model=nowhere"], "'nowhere' is no model"),
         (["--set", "data=/nowhere"], "has no prompts.jsonl"),
         (["--set", "grpo.optim=lion_32bit"], "whose memory is not known"),
+        (["--set", 'grpo.per_device_train_batch_size="8"'], "it must be a whole number"),
+        (["--set", "grpo.per_device_train_batch_size=-4"], "it must be at least 1"),
+        (["--set", "grpo.per_device_train_batch_size=0"], "it must be at least 1"),
+        (["--set", "grpo.num_generations=a"], "grpo.num_generations is 'a'; it must be a whole"),
+        (["--set", "grpo.gradient_accumulation_steps=0"], "it must be at least 1"),
+        (["--set", "grpo.steps_per_generation=a"], "it must be a whole number"),
+        (["--set", "grpo.num_train_epochs=a"], "it must be a number"),
+        (["--set", "grpo.gradient_checkpointing=1"], "it must be true or false"),
+        (["--set", "grpo.per_device_batch_size=8"], "Unknown key grpo.per_device_batch_size."),
+        (["--set", "grpo.max_steps=9", "--set", "grpo.per_device_train_batch_size=3",
+          "--set", "smoke.steps=1"], "one would be cut"),
+        (["--set", "lora.target_modules=['qkv']"], "a layer has none of them"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_told_with_exit_code_2(capsys, options, text):
     code, _, err = run_plan(capsys, *CHEAP[:2], *options)
     assert code == 2
@@ -215,3 +233,21 @@ def test_a_config_json_that_is_none_is_told(capsys, tmp_path):
     code, _, err = run_plan(capsys, "--set", f"model={tmp_path}")
     assert code == 2
     assert "holds list and no object" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "text"), [(b"\xff\xfe{}", "cannot be read as text"), (b"\n", "has no line")]
+)
+def test_prompts_that_are_none_are_told(content, text, capsys, tmp_path):
+    (tmp_path / "prompts.jsonl").write_bytes(content)
+    code, _, err = run_plan(capsys, *CHEAP[:2], "--set", f"data={tmp_path}")
+    assert code == 2
+    assert text in err
+
+
+def test_a_local_card_that_is_not_in_the_table_is_told(note, planned):
+    unknown = LocalMachine((LocalCard("NVIDIA Quadro 9", 8.0),), 4, frozenset(), 16.0)
+    with pytest.raises(ConfigError, match="Quadro 9, which is not in the table of cards"):
+        planned(note, unknown, on="local")
+    # Modal's cards can be planned for all the same.
+    assert planned(note, unknown).chosen.place.where == "modal"

@@ -1,3 +1,4 @@
+import json
 import os
 from datetime import date, timedelta
 
@@ -103,4 +104,18 @@ def test_a_damaged_price_file_is_named(own_cache):
     fetched_prices_path().parent.mkdir(parents=True)
     fetched_prices_path().write_text('{"schema": 1, "gpu')
     with pytest.raises(ConfigError, match=r"modal_prices\.json does not hold a price table"):
+        current_prices()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [({"T4": None}, "no price of T4"), ({"L4": -0.8}, "greater than or equal to 0")],
+)
+def test_a_table_without_a_card_or_below_zero_is_refused(change, text, own_cache):
+    table = shipped_prices()
+    rates = {k: v for k, v in (table.gpu_usd_per_hour | change).items() if v is not None}
+    payload = json.loads(table.model_dump_json(by_alias=True)) | {"gpu_usd_per_hour": rates}
+    own_cache.mkdir()
+    (own_cache / "modal_prices.json").write_text(json.dumps(payload | {"as_of": "2099-01-01"}))
+    with pytest.raises(ConfigError, match=text):
         current_prices()
