@@ -4,7 +4,7 @@ import pytest
 from sandboxed_runs import SAFE, mechanism_id, verdict_of
 
 from composer_replication.environments.sandbox import judge_script
-from composer_replication.environments.sandbox.code_verdict import CodeVerdict, judge_code
+from composer_replication.environments.sandbox.code_verdict import CodeVerdict
 from composer_replication.environments.sandbox.launching import Mechanism
 from composer_replication.errors import DataError
 
@@ -87,6 +87,8 @@ TRICKS = {
         "main._answer = lambda module, call: {'value': True}\ndef double(x):\n    return 1"
     ),
     "forks_and_answers": "import os\nos.fork()\ndef double(x):\n    return None",
+    "stop_iteration": "def double(x):\n    raise StopIteration",
+    "stop_async_iteration": "def double(x):\n    raise StopAsyncIteration",
     "deep_answer": (
         "def double(x):\n    deep = []\n    for _ in range(900):\n        deep = [deep]\n"
         "    return deep"
@@ -148,7 +150,9 @@ def test_tests_run_in_their_order_and_stop_where_their_set_up_fails():
     assert verdict_of("def f(x):\n    return x", tests).is_passed
     verdict = verdict_of("def f(x):\n    return [1][x - 1]", tests)
     assert (verdict.kind, verdict.num_passed, verdict.passed_share) == ("incomplete", 1, 0.0)
-    assert verdict.problems[0] == "set-up: IndexError: list index out of range"
+    assert verdict.problems == (
+        "not all tests could be run: line 3, their set-up: IndexError: list index out of range",
+    )
 
 
 def test_the_check_function_of_a_benchmark_is_one_test():
@@ -159,18 +163,20 @@ def test_the_check_function_of_a_benchmark_is_one_test():
 
 def test_a_function_named_like_a_built_in_is_imported_by_its_tests():
     code = "def sum(values):\n    return -1"
-    assert not verdict_of(code, "assert sum([1]) == -1").is_passed
+    with pytest.raises(DataError, match="call no function of the solution"):
+        verdict_of(code, "assert sum([1]) == -1")
     assert verdict_of(code, "from solution import sum\nassert sum([1]) == -1").is_passed
     assert verdict_of(code, "import solution\nassert solution.sum([1]) == -1").is_passed
 
 
 PLAIN = [
     None, True, -1, 1.5, float("inf"), "text", b"\x00\xff", 2j, [1, [2]], (1, (2,)), {1, 2},
-    frozenset({3}), {"a": 1, 2: (3,)}, 10**30, bytearray(b"x"), [], {}, "\ud800",
+    frozenset({3}), {"a": 1, 2: (3,)}, 10**30, -(2**63), 10**5000, bytearray(b"x"), [], {},
+    "\ud800",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("value", PLAIN, ids=repr)
+@pytest.mark.parametrize("value", PLAIN, ids=lambda value: str(type(value)))
 def test_plain_data_crosses_with_its_type(value):
     back = judge_script.decode(judge_script.encode(value))
     assert back == value
@@ -184,8 +190,167 @@ def test_what_is_no_plain_data_is_refused():
     assert verdict.problems == ("line 1: TypeError: a list_iterator is no plain data",)
 
 
-def test_tests_that_cannot_judge_are_refused():
-    with pytest.raises(DataError, match="are no Python: "):
-        judge_code(HONEST, "assert double(2 == 4")
-    with pytest.raises(DataError, match="hold no test, so every solution would pass"):
-        verdict_of(HONEST, "x = 1")
+STOPS = "import unittest\ndef double(x):\n    raise {}\n"
+LOOPS = """
+import unittest
+def test_loop():
+    for got in map(double, [1, 2]):
+        assert got in (2, 4)
+class TestOfMap(unittest.TestCase):
+    def test_all(self):
+        self.assertTrue(all(map(lambda x: double(x) == x + x, [1, 2])))
+    def test_iter(self):
+        for got in iter(lambda: double(1), 0):
+            self.assertEqual(got, 2)
+assert all(map(lambda x: double(x) == x + x, [1, 2]))
+for x in (double(x) for x in [1]):
+    assert x == 2
+"""
+
+
+@pytest.mark.parametrize("name", ["StopIteration", "StopAsyncIteration", "GeneratorExit"])
+def test_no_error_of_the_solution_ends_a_loop_of_the_tests(name):
+    verdict = verdict_of(STOPS.format(name), LOOPS, STRONGEST)
+    assert (verdict.kind, verdict.num_tests, verdict.num_passed) == ("failed", 5, 0)
+    assert all(f"SolutionError: {name}" in problem for problem in verdict.problems)
+
+
+BLOCKS = """
+import contextlib
+for x in range(3):
+    assert double(x) == x + x
+with contextlib.suppress(KeyError):
+    if double(1) != 3:
+        check = lambda f: None
+        check(double)
+try:
+    assert double(2) == 5
+except KeyError:
+    pass
+"""
+
+
+def test_a_loop_a_condition_and_a_block_with_an_assertion_are_tests():
+    assert verdict_of(HONEST, BLOCKS) == CodeVerdict("failed", 3, 2, ("line 9: AssertionError: ",))
+    assert verdict_of("def double(x):\n    return 5 if x else 0", BLOCKS) == CodeVerdict(
+        "failed", 3, 2, ("line 3: AssertionError: ",)
+    )
+
+
+CLASS = """
+import unittest
+class Mixin:
+    def test_of_the_mixin(self):
+        self.assertEqual(double(self.given), 6)
+class TestOfAClass(Mixin, unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.given, cls.torn_down = double(1.5), []
+    def tearDown(self):
+        self.torn_down.append(self.id())
+    def test_fails(self):
+        self.assertEqual(double(2), 5)
+    def test_later(self):
+        self.assertEqual(len(self.torn_down), double(0.5))
+    def test_parts(self):
+        for x in (1, 2, 3):
+            with self.subTest(x=x):
+                self.assertEqual(double(x), 4)
+"""
+
+
+def test_a_test_case_is_run_with_its_class_its_tear_down_and_its_parts():
+    assert verdict_of(HONEST, CLASS) == CodeVerdict(
+        "failed",
+        4,
+        2,
+        (
+            "TestOfAClass.test_fails: AssertionError: 4 != 5",
+            "TestOfAClass.test_parts: AssertionError: 2 != 4",
+        ),
+    )
+
+
+def test_a_class_whose_set_up_fails_passes_nothing():
+    verdict = verdict_of("def double(x):\n    return 1 // 0", CLASS)
+    assert (verdict.kind, verdict.num_tests, verdict.num_passed) == ("failed", 1, 0)
+    assert "setUpClass" in verdict.problems[0]
+    assert "ZeroDivisionError" in verdict.problems[0]
+
+
+def test_no_handler_of_the_tests_hides_that_the_solution_ended():
+    tests = """
+import unittest
+class TestOfMethods(unittest.TestCase):
+    def test_text(self):
+        try:
+            double(1)
+        except:
+            pass
+"""
+    verdict = verdict_of("import os\ndef double(x):\n    os._exit(0)", tests)
+    assert (verdict.kind, verdict.num_passed) == ("incomplete", 0)
+    assert verdict.problems == ("not all tests could be run: the solution ended its process",)
+
+
+@pytest.mark.parametrize("code", ["double = (", "1 / 0", "import sys\nsys.exit(0)"])
+def test_code_that_cannot_be_loaded_passes_no_test(code):
+    tests = "assert max([1, 2]) == 2\nassert callable(double)"
+    assert verdict_of(HONEST, tests).is_passed
+    verdict = verdict_of(code, tests)
+    assert (verdict.kind, verdict.num_passed) == ("incomplete", 0)
+    assert "the solution could not be loaded: " in verdict.problems[0]
+
+
+def test_tests_that_end_their_own_process_are_named():
+    verdict = verdict_of(HONEST, "assert double(1) == 2\nimport sys\nsys.exit(0)")
+    assert verdict.problems == ("not all tests could be run: the tests ended their own process",)
+
+
+def test_large_plain_data_can_be_judged():
+    code = "import math\nfact, first = math.factorial, lambda n: list(range(n))"
+    tests = (
+        "import math\nassert fact(2000) == math.factorial(2000)\n"
+        "assert first(200_000) == list(range(200_000))\n"
+        "def is_even(n): return len(first(n % 3)) == 1\nassert is_even(10**5000)"
+    )
+    assert verdict_of(code, tests, STRONGEST) == CodeVerdict("passed", 3, 3)
+
+
+def test_a_value_beyond_the_limit_fails_its_test_and_says_so():
+    tests = "assert text(9_000_000) == 'x' * 9_000_000\nassert text(1) == 'x'"
+    assert verdict_of("def text(n): return 'x' * n", tests) == CodeVerdict(
+        "failed",
+        2,
+        1,
+        ("line 1: SolutionError: its value takes 8.6 MiB; at most 8 MiB can be judged",),
+    )
+
+
+def test_an_error_without_a_text_is_an_error_of_its_name():
+    code = (
+        "class Odd(Exception):\n    def __str__(self): raise SystemExit\n"
+        "def double(x):\n    raise Odd if x else ValueError(10 ** 5000)"
+    )
+    assert verdict_of(code, "assert double(1) == 2\nassert double(0) == 0").problems == (
+        "line 1: SolutionError: Odd: ",
+        "line 2: ValueError: ",
+    )
+
+
+def test_a_test_that_is_skipped_or_expected_to_fail_never_passes():
+    tests = """
+import unittest as u
+class TestIt(u.TestCase):
+    @u.skip("no")
+    def test_a(self):
+        self.assertEqual(double(1), 2)
+    @u.expectedFailure
+    def test_b(self):
+        self.assertEqual(double(1), 3)
+    @u.expectedFailure
+    def test_c(self):
+        self.assertEqual(double(1), 2)
+"""
+    verdict = verdict_of(HONEST, tests)
+    assert (verdict.kind, verdict.num_tests, verdict.num_passed) == ("failed", 3, 0)

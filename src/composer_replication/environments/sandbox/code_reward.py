@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
-from composer_replication.environments.sandbox.code_verdict import check_tests, judge_code
+from composer_replication.environments.sandbox.code_verdict import judge_code
+from composer_replication.environments.sandbox.hidden_tests import check_tests
 from composer_replication.environments.sandbox.mechanisms import choose_mechanism
 from composer_replication.environments.sandbox.sandbox_limits import SandboxLimits
 from composer_replication.errors import DataError, shown

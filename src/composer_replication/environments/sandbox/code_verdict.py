@@ -5,7 +5,6 @@ tests. What passed is what the tests' process reports to this one over a pipe of
 and printed text of the code's process count for nothing.
 """
 
-import ast
 import json
 import os
 import sys
@@ -17,14 +16,14 @@ from pathlib import Path
 from typing import Literal, cast
 
 from composer_replication.environments.sandbox.confined_process import ConfinedProcess
+from composer_replication.environments.sandbox.hidden_tests import check_tests
 from composer_replication.environments.sandbox.launching import Mechanism
 from composer_replication.environments.sandbox.mechanisms import choose_mechanism
 from composer_replication.environments.sandbox.sandbox_limits import Ending, SandboxLimits
-from composer_replication.errors import DataError, shown
 
 VerdictKind = Literal["passed", "failed", "incomplete", "timeout", "memory", "processes", "output"]
-"""`failed`: all tests ran. `incomplete`: the code ended its process, or the tests' set-up failed.
-The others name the limit that the code reached."""
+"""`failed`: all tests ran. `incomplete`: the code could not be loaded, or ended its process, or the
+tests' set-up failed. The others name the limit that the code reached."""
 
 _SCRIPT = Path(__file__).with_name("judge_script.py")
 _MAX_REPORT_BYTES = 1 << 22
@@ -72,12 +71,12 @@ def judge_code(
         code: Python; what the tests name are its functions.
         tests: Python with asserts at the top, `test` functions or `unittest.TestCase`s. A name that
             nothing in it defines is a function of the solution; its arguments and values are plain
-            data, copied between the processes.
+            data, copied between the processes, a value of at most 8 MiB as JSON.
         limits: for each of the two processes.
         mechanism: how they are confined; None: the strongest that works here.
 
     Raises:
-        DataError: tests that are no Python, or hold no test.
+        DataError: tests that could not be run, or that would not all count; see `check_tests`.
         SandboxUnavailableError: the code could not be confined, so it did not run.
     """
     check_tests(tests)
@@ -86,37 +85,18 @@ def judge_code(
     report, endings, last_words = _run_both(code, tests, limits, mechanism)
     rows = [json.loads(line) for line in report.decode().splitlines()]
     is_complete = rows[-1:] == [{"is_complete": True}]
-    ran = rows[:-1] if is_complete else rows
-    problems = [f"{row['test'] or 'set-up'}: {row['problem']}" for row in ran if row["problem"]]
+    ran = [row for row in rows if "test" in row]
+    problems = [f"{row['test']}: {row['problem']}" for row in ran if row["problem"]]
     num_passed = len(ran) - len(problems)
-    if is_complete and not ran:
-        raise DataError(
-            f"The tests {shown(tests)} hold no test, so every solution would pass. "
-            "Give asserts, functions named test..., or a unittest.TestCase."
-        )
-    if is_complete and not problems:
+    if is_complete and ran and not problems:
         return CodeVerdict("passed", len(ran), num_passed)
     if is_complete:
         return CodeVerdict("failed", len(ran), num_passed, tuple(problems))
     limits_reached = [ending for ending in endings if ending not in ("exit", "stopped")]
     kind = cast(VerdictKind, (limits_reached or ["incomplete"])[0])
-    problems.append(f"not all tests could be run: {_reason(kind, last_words)}")
+    stopped = rows[-1].get("stopped") if rows else None
+    problems.append(f"not all tests could be run: {_reason(kind, stopped, last_words)}")
     return CodeVerdict(kind, len(ran), num_passed, tuple(problems))
-
-
-def check_tests(tests: str) -> None:
-    """Refuse tests that cannot be compiled.
-
-    Raises:
-        DataError: tests that are no Python.
-    """
-    try:
-        ast.parse(tests)
-    except (SyntaxError, ValueError) as error:
-        raise DataError(
-            f"The tests {shown(tests)} are no Python: {error}. Every solution would fail them. "
-            "Correct the tests."
-        ) from error
 
 
 def _run_both(
@@ -165,7 +145,9 @@ def _read_all(number: int) -> bytes:
     return b"".join(pieces)
 
 
-def _reason(kind: VerdictKind, last_words: str) -> str:
+def _reason(kind: VerdictKind, stopped: str | None, last_words: str) -> str:
     if kind != "incomplete":
         return f"the solution reached the limit of {kind}"
-    return last_words or "the solution ended its process"
+    if stopped is None:
+        return "the tests ended their own process"
+    return stopped or last_words or "the solution ended its process"

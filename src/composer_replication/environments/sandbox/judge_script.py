@@ -18,17 +18,26 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
-MAX_MESSAGE_BYTES = 1 << 20
+MAX_MESSAGE_BYTES = 8 << 20
+"""Of one answer as JSON."""
 _SCALARS = (bool, int, float, str)
+_LARGEST_JSON_NUMBER = 1 << 63
+"""Numbers beyond cross as hexadecimal text: Python reads and writes no decimal of 4300 digits."""
 _CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 class SolutionError(Exception):
-    """What the model's code raised, where it is no built-in exception."""
+    """What the model's code raised, where no test may see it as the built-in that it is named."""
 
 
 class SolutionEndedError(BaseException):
-    """The model's process ended or answered nonsense; no `except Exception` of a test hides it."""
+    """The model's process ended or answered nonsense; no `except Exception` of a test hides it.
+
+    Its text is empty where the process ended.
+    """
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason)
 
 
 def main() -> None:
@@ -49,7 +58,9 @@ def encode(value: object) -> object:
     """
     for kind in _SCALARS:
         if isinstance(value, kind):
-            return kind(value)
+            plain = kind(value)
+            is_large = type(plain) is int and abs(plain) >= _LARGEST_JSON_NUMBER
+            return {"int": f"{plain:x}"} if is_large else plain
     if value is None:
         return None
     for name, container in _CONTAINERS.items():
@@ -58,7 +69,7 @@ def encode(value: object) -> object:
     if isinstance(value, dict):
         return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
     if isinstance(value, bytes | bytearray):
-        return {"bytes": list(value)}
+        return {"bytes": bytes(value).hex()}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
     raise TypeError(f"a {type(value).__name__} is no plain data")
@@ -77,8 +88,10 @@ def decode(value: object) -> object:
     ((name, items),) = value.items()
     if name == "dict":
         return {decode(key): decode(item) for key, item in items}
+    if name == "int":
+        return int(items, 16)
     if name == "bytes":
-        return bytes(items)
+        return bytes.fromhex(items)
     if name == "complex":
         return complex(*items)
     return _CONTAINERS[name](decode(item) for item in items)
@@ -96,21 +109,38 @@ def serve(read_fd: int, write_fd: int) -> None:
         except BaseException as error:
             problem = _raised(error)
         for line in calls:
-            reply = problem or _answer(module, json.loads(line))
-            print(json.dumps(reply), file=answers, flush=True)
+            print(_answer(module, json.loads(line), problem), file=answers, flush=True)
 
 
-def _answer(module: types.ModuleType, call: dict) -> dict:
+def _answer(module: types.ModuleType, call: dict, problem: dict | None) -> str:
+    """The line that answers a call; `problem` is why the code could not be loaded, if it could not.
+
+    A call without a name asks for that alone.
+    """
     try:
+        if problem is not None or call["name"] is None:
+            return json.dumps(problem or {"value": None})
         arguments = [decode(value) for value in call["arguments"]]
         keywords = {name: decode(value) for name, value in call["keywords"].items()}
-        return {"value": encode(getattr(module, call["name"])(*arguments, **keywords))}
+        line = json.dumps({"value": encode(getattr(module, call["name"])(*arguments, **keywords))})
+        if len(line) < MAX_MESSAGE_BYTES:
+            return line
+        sizes = f"{len(line) / (1 << 20):.1f} MiB; at most {MAX_MESSAGE_BYTES >> 20} MiB"
+        return json.dumps({"raised": "", "message": f"its value takes {sizes} can be judged"})
     except BaseException as error:
-        return _raised(error)
+        return json.dumps(_raised(error))
 
 
 def _raised(error: BaseException) -> dict:
-    return {"raised": type(error).__name__, "message": str(error)[:200]}
+    return {"raised": type(error).__name__, "message": _text_of(error)}
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)[:200]
+    # The text of an error of the model's is its code too, and a number may be too long for one.
+    except BaseException:
+        return ""
 
 
 class Solution(types.ModuleType):
@@ -133,8 +163,16 @@ def run_tests(read_fd: int, write_fd: int, report_fd: int) -> None:
         open(write_fd, "w", encoding="ascii") as calls,
         open(report_fd, "w", encoding="utf-8") as report,
     ):
+        ended: list[SolutionEndedError] = []
 
-        def ask(name: str, arguments: tuple, keywords: dict) -> object:
+        def ask(name: str | None, arguments: tuple, keywords: dict) -> object:
+            try:
+                return exchange(name, arguments, keywords)
+            except SolutionEndedError as error:
+                ended.append(error)
+                raise
+
+        def exchange(name: str | None, arguments: tuple, keywords: dict) -> object:
             call = {
                 "name": name,
                 "arguments": [encode(value) for value in arguments],
@@ -143,22 +181,49 @@ def run_tests(read_fd: int, write_fd: int, report_fd: int) -> None:
             try:
                 print(json.dumps(call), file=calls, flush=True)
             except BrokenPipeError as error:
-                raise SolutionEndedError("it has ended") from error
+                raise SolutionEndedError from error
             return _value_of(answers.readline(MAX_MESSAGE_BYTES))
 
-        solution = Solution(ask)
-        sys.modules["solution"] = solution
-        tree = ast.parse(Path("tests.py").read_text("utf-8"))
-        space: dict = {"__name__": "hidden_tests"}
-        space |= {name: getattr(solution, name) for name in names_of_solution(tree)}
-        for name, test in _parts_of(tree, space):
-            problem = _problem_of(test)
-            if name is not None or problem is not None:
-                print(json.dumps({"test": name, "problem": problem}), file=report, flush=True)
-            if name is None and problem is not None:
-                # What follows needs what failed here.
-                return
-        print(json.dumps({"is_complete": True}), file=report, flush=True)
+        def tell(**row: object) -> None:
+            # A bare `except` of a test, or unittest, may have caught it.
+            for error in ended:
+                raise error
+            print(json.dumps(row), file=report, flush=True)
+
+        try:
+            _run(ask, tell)
+        except SolutionEndedError as error:
+            print(json.dumps({"stopped": str(error)}), file=report, flush=True)
+
+
+def _run(ask: Callable[[str | None, tuple, dict], object], tell: Callable[..., None]) -> None:
+    solution = Solution(ask)
+    sys.modules["solution"] = solution
+    tree = ast.parse(Path("tests.py").read_text("utf-8"))
+    space: dict = {"__name__": "hidden_tests"}
+    space |= {name: getattr(solution, name) for name in names_of_solution(tree)}
+    try:
+        # Tests that ask for nothing would pass for code that does not compile.
+        ask(None, (), {})
+    except Exception as error:
+        tell(stopped=f"the solution could not be loaded: {_problem_text(error)}")
+        return
+    for node in tree.body:
+        code = compile(ast.Module([node], []), "tests.py", "exec")
+        problem = _problem_of(lambda code=code: exec(code, space))
+        if is_test_statement(node):
+            tell(test=f"line {node.lineno}", problem=problem)
+        elif problem is not None:
+            # What follows needs what failed here.
+            tell(stopped=f"line {node.lineno}, their set-up: {problem}")
+            return
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
+            tell(test=node.name, problem=_problem_of(space[node.name]))
+        elif isinstance(node, ast.ClassDef) and issubclass(space[node.name], unittest.TestCase):
+            for name, problem in _problems_of_methods(space[node.name]).items():
+                tell(test=name, problem=problem)
+    tell(is_complete=True)
 
 
 def names_of_solution(tree: ast.Module) -> set[str]:
@@ -182,54 +247,91 @@ def names_of_solution(tree: ast.Module) -> set[str]:
     return used - bound
 
 
-def _parts_of(tree: ast.Module, space: dict) -> Iterator[tuple[str | None, Callable[[], object]]]:
-    """The statements at the top in their order, then the tests that these defined.
+def is_test_statement(node: ast.stmt) -> bool:
+    """Whether a statement at the top is a test by itself; what else stands there prepares tests.
 
-    An assert and a call of a plain name, such as `check(solve)`, are tests and have a name; what
-    else stands at the top prepares them and has none. A `test` function and each method of a
-    `unittest.TestCase` is a test.
+    Tests are an assert, a call of a plain name, such as `check(solve)`, or of an `assert...`, and a
+    loop, condition or `with` that holds one of these.
     """
-    for node in tree.body:
-        code = compile(ast.Module([node], []), "tests.py", "exec")
-        call = node.value if isinstance(node, ast.Expr) else None
-        is_call = isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
-        is_test = isinstance(node, ast.Assert) or is_call
-        yield f"line {node.lineno}" if is_test else None, lambda code=code: exec(code, space)
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
-            yield node.name, space[node.name]
-        elif isinstance(node, ast.ClassDef):
-            yield from _methods_of(space[node.name])
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        called = node.value.func
+        is_assertion = isinstance(called, ast.Attribute) and called.attr.startswith("assert")
+        return is_assertion or isinstance(called, ast.Name)
+    return isinstance(node, ast.Assert) or any(map(is_test_statement, statements_in(node)))
 
 
-def _methods_of(found: type) -> Iterator[tuple[str, Callable[[], object]]]:
-    if not issubclass(found, unittest.TestCase):
+def statements_in(node: ast.AST) -> Iterator[ast.stmt]:
+    """The statements that run where this one does: all of its blocks, no body of a definition."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return
-    for name in unittest.defaultTestLoader.getTestCaseNames(found):
-        yield f"{found.__name__}.{name}", found(name).debug
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt):
+            yield child
+        if not isinstance(child, ast.expr):
+            yield from statements_in(child)
+
+
+def _problems_of_methods(found: type[unittest.TestCase]) -> dict[str, str | None]:
+    """Run the tests of a class; what is skipped or expected to fail has a problem too."""
+    suite = unittest.defaultTestLoader.loadTestsFromTestCase(found)
+    names = [test.id() for test in suite if isinstance(test, unittest.TestCase)]
+    result = unittest.TestResult()
+    suite.run(result)
+    skipped = [(test, f"it was skipped: {reason}") for test, reason in result.skipped]
+    succeeded = [(test, "it was expected to fail") for test in result.unexpectedSuccesses]
+    problems: dict[str, str | None] = {}
+    for test, text in (
+        *result.errors,
+        *result.failures,
+        *result.expectedFailures,
+        *skipped,
+        *succeeded,
+    ):
+        # Of the parts of a test made by `subTest`, the first that failed.
+        problems.setdefault(getattr(test, "test_case", test).id(), _last_words(text))
+    # Where setUpClass failed no test ran, and the problem has a name of its own.
+    ran = dict.fromkeys(names) if result.testsRun else {}
+    return {
+        name.removeprefix("hidden_tests."): problem for name, problem in (ran | problems).items()
+    }
+
+
+def _last_words(traceback: str) -> str:
+    """The error of a traceback's text: its first line of text that is not indented."""
+    lines = [line for line in traceback.splitlines() if line and not line.startswith((" ", "Tra"))]
+    return (lines or [traceback])[0][:200]
 
 
 def _problem_of(test: Callable[[], object]) -> str | None:
     try:
         test()
     except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
+        return _problem_text(error)
     return None
+
+
+def _problem_text(error: Exception) -> str:
+    return f"{type(error).__name__}: {_text_of(error)}"
 
 
 def _value_of(line: bytes) -> object:
     """The value in an answer; what the solution raised is raised here, as an `Exception` only."""
+    if len(line) >= MAX_MESSAGE_BYTES:
+        raise SolutionEndedError("the solution's answer is too long")
     if not line.endswith(b"\n"):
-        raise SolutionEndedError("it has ended, or its answer is too long")
+        raise SolutionEndedError
     try:
         answer = json.loads(line)
         if "raised" not in answer:
             return decode(answer["value"])
         name, message = str(answer["raised"]), str(answer["message"])
     except Exception as error:
-        raise SolutionEndedError(f"its answer is malformed ({error})") from error
+        raise SolutionEndedError(f"the solution's answer is malformed ({error})") from error
     found = getattr(builtins, name, None)
     if not (isinstance(found, type) and issubclass(found, Exception)):
+        raise SolutionError(f"{name}: {message}".removeprefix(": "))
+    if issubclass(found, StopIteration | StopAsyncIteration):
+        # It would end a loop over `map` or a generator in the tests, as if all had passed.
         raise SolutionError(f"{name}: {message}")
     try:
         raised = found(message)
