@@ -46,12 +46,16 @@ ESCAPES = {
     "keeps_memory_without_a_process": "os.memfd_create('x')",
     "keeps_shared_memory": "assert libc.shmctl(libc.shmget(0, 4096, 0o1600), 0, None) == 0",
     "traces_a_process": "assert libc.ptrace(0, 0, 0, 0) == 0",
+    "enlarges_what_a_socket_holds": "pair()[0].setsockopt(1, socket.SO_SNDBUF, 1 << 16)",
+    "enlarges_what_a_socket_takes": "pair()[0].setsockopt(1, socket.SO_RCVBUF, 1 << 16)",
+    "enlarges_a_pipe": "fcntl.fcntl(os.pipe()[1], fcntl.F_SETPIPE_SZ, 1 << 17)",
+    "gives_pages_to_a_pipe": "assert libc.vmsplice(os.pipe()[1], None, 0, 0) == 0",
     "makes_a_user_namespace": "assert libc.unshare(0x10000000) == 0",
 }
 PRELUDE = """\
-import ctypes, os, socket
+import ctypes, fcntl, os, socket
 SECRET, OUTSIDE, PID, PORT, ABSTRACT = {secret!r}, {outside!r}, {pid}, {port}, {abstract!r}
-libc = ctypes.CDLL(None)
+libc, pair = ctypes.CDLL(None), socket.socketpair
 def unix(address):
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(address)
@@ -154,6 +158,60 @@ def test_a_program_without_measure_is_stopped_at_its_limit(mechanism, code, endi
     assert result.exit_code != 0
     assert len(result.stdout) + len(result.stderr) < 200_000
     assert result.wall_s < 6
+
+
+FILLS_BUFFERS = """
+import fcntl, os, socket
+kept, held = [], 0
+try:
+    while True:
+        pair = socket.socketpair()
+        kept.append(pair)
+        for end in pair:
+            end.setblocking(False)
+            try:
+                end.setsockopt(1, socket.SO_SNDBUF, 1 << 30)
+            except OSError:
+                pass
+            try:
+                while True:
+                    held += end.send(bytes(4096))
+            except BlockingIOError:
+                pass
+except OSError:
+    print(held >> 20, flush=True)
+kept, held = [], 0
+try:
+    while True:
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        try:
+            fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 1 << 20)
+        except OSError:
+            pass
+        try:
+            while True:
+                held += os.write(write, bytes(4096))
+        except BlockingIOError:
+            pass
+except OSError:
+    print(held >> 20)
+"""
+
+
+@pytest.mark.parametrize("mechanism", SAFE, ids=mechanism_id)
+def test_what_waits_in_sockets_and_pipes_is_bounded(mechanism):
+    """It is in no process's memory, so the limit of memory does not see it."""
+    result = run_program(FILLS_BUFFERS, mechanism)
+    held_mib = [int(line) for line in result.stdout.split()]
+    assert len(held_mib) == (0 if mechanism is None else 2), result.stderr
+    assert sum(held_mib) < 16
+
+
+@pytest.mark.parametrize("mechanism", [*SAFE, Mechanism.UNSAFE], ids=mechanism_id)
+def test_asyncio_works_confined(mechanism):
+    code = "import asyncio\nasync def f(): await asyncio.sleep(0); print(1)\nasyncio.run(f())"
+    assert run_program(code, mechanism).stdout == ("" if mechanism is None else "1\n")
 
 
 FORKS_UNTIL_REFUSED = """

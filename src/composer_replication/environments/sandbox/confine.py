@@ -60,6 +60,7 @@ _DENIED_CALLS = {
     "msgget": (68, 186),
     "semget": (64, 190),
     "mq_open": (240, 180),
+    "vmsplice": (278, 75),
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
@@ -81,6 +82,11 @@ _DENIED_CALLS = {
     "fsmount": (432, 432),
     "mount_setattr": (442, 442),
 }
+# Pairs of sockets (asyncio needs them) and pipes keep the kernel's own size: what waits in them is
+# no process's memory. Numbers of setsockopt and fcntl; the argument; SO_SNDBUF, SO_RCVBUF and the
+# two that force them, and F_SETPIPE_SZ.
+_DENIED_ARGUMENTS = (((54, 208), 2, (7, 8, 32, 33)), ((72, 25), 1, (1031,)))
+_MAX_OPEN_FILES = 64
 _AUDIT_ARCHITECTURES = (0xC000003E, 0xC00000B7)
 _SET_SECCOMP, _FILTER_MODE = 22, 2
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
@@ -263,6 +269,12 @@ def _deny_calls() -> None:
     ]
     for numbers in _DENIED_CALLS.values():
         steps += [(_JUMP_EQUAL, 0, 1, numbers[machine]), (_RETURN, 0, 0, _DENY)]
+    for numbers, argument, values in _DENIED_ARGUMENTS:
+        steps.append((_JUMP_EQUAL, 0, 3 + len(values), numbers[machine]))
+        steps.append((_LOAD, 0, 0, 16 + 8 * argument))
+        for left, value in zip(reversed(range(len(values))), values, strict=True):
+            steps.append((_JUMP_EQUAL, left, 0 if left else 1, value))
+        steps += [(_RETURN, 0, 0, _DENY), (_RETURN, 0, 0, _ALLOW)]
     steps.append((_RETURN, 0, 0, _ALLOW))
     program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
     filter_ = struct.pack("@HP", len(steps), ctypes.addressof(program))
@@ -278,7 +290,7 @@ def _execute(order: dict, stage: str) -> None:
         resource.RLIMIT_AS: order["memory_mib"] * _MIB,
         resource.RLIMIT_FSIZE: size,
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NOFILE: 128,
+        resource.RLIMIT_NOFILE: _MAX_OPEN_FILES,
         resource.RLIMIT_MSGQUEUE: 0,
     }
     if stage != "unsafe":
