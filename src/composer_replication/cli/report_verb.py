@@ -7,7 +7,7 @@ from composer_replication.cli.verb import JSON, Answer, Argument, Verb
 from composer_replication.errors import InputError, nearest
 
 _KINDS = ("planner", "compare")
-_WIDTH = 110
+_WIDTH, _PIPE_WIDTH = 110, 400
 
 _EPILOG = """\
 kinds:
@@ -30,8 +30,8 @@ def _report(options: argparse.Namespace) -> Answer:
     from composer_replication.planner.run_reports import compare_runs, planner_report
 
     console = Console()
-    # A pipe has no width, and a table that breaks its lines cannot be read.
-    console.width = max(console.width, _WIDTH)
+    # A pipe has no width, and a table that breaks or cuts its lines cannot be read.
+    console.width = max(console.width, _WIDTH if console.is_terminal else _PIPE_WIDTH)
     folders: list[Path] = options.folders
     if options.kind == "planner":
         report = planner_report(folders)

@@ -44,7 +44,7 @@ class HeadMemory:
 
     def forward_bytes(self, forward: Forward) -> int:
         """Tiles of the forward, beside what it saves."""
-        tiles = self._tree_tiles(forward, 1) if forward.tree_parts else self._tiles(forward)
+        tiles = self._tree_tiles(forward) if forward.tree_parts else self._tiles(forward)
         return self.saved_bytes(forward) + tiles
 
     def backward_bytes(self, forward: Forward) -> int:
@@ -57,7 +57,11 @@ class HeadMemory:
         in_weight_precision = (
             self.weight * self.vocab * self.hidden if self.is_trained and self.weight < FP32 else 0
         )
-        tiles = self._tree_tiles(forward, 2) if forward.tree_parts else self._tiles(forward)
+        tiles = (
+            self._tree_tiles(forward, is_backward=True)
+            if forward.tree_parts
+            else self._tiles(forward)
+        )
         return gradient + rows_grad + max(tiles, in_weight_precision)
 
     def _tiles(self, forward: Forward) -> int:
@@ -68,11 +72,12 @@ class HeadMemory:
         # Both sides are projected before the first block, so the two peaks never meet.
         return 2 * tile + max(self._block_bytes(rows), self._cast_bytes())
 
-    def _tree_tiles(self, forward: Forward, num_whole: int) -> int:
-        """The largest tile of a tree: the whole of it `num_whole` times, and one part's own rows.
+    def _tree_tiles(self, forward: Forward, *, is_backward: bool = False) -> int:
+        """The largest tile of a tree, in the backward its gradient too, and one part's own rows.
 
-        A part gathers its rows of the tile and makes one more array of them: the probabilities,
-        or the teacher's logits. Parts take turns.
+        A part gathers its rows of the tile. A compared one makes one more array of them, the
+        teacher's logits; another one does in the forward, the probabilities, and turns its rows
+        into their gradient in the backward. Parts take turns.
         """
         row = FP32 * self.vocab
         tile_rows = max(1, min(_TREE_TILE_BYTES[self.device_type] // row, forward.num_scored))
@@ -81,8 +86,12 @@ class HeadMemory:
             own = _most_in_a_tile(start, start + rows, tile_rows)
             start += rows
             scratch = max(self._block_bytes(own), self._cast_bytes()) if is_compared else 0
-            most = max(most, 2 * own * row + scratch)
-        return num_whole * tile_rows * row + max(most, self._cast_bytes())
+            arrays = 1 if is_backward and not is_compared else 2
+            most = max(most, arrays * own * row + scratch)
+        # On CUDA the gradient of a half-precision head's rows is cast to be multiplied.
+        casts = is_backward and self.device_type == "cuda" and self.weight < FP32
+        cast = tile_rows * row // 2 if casts else self._cast_bytes()
+        return (2 if is_backward else 1) * tile_rows * row + max(most, cast)
 
     def _block_bytes(self, rows: int) -> int:
         """What the divergence's element-wise part has at once."""

@@ -50,7 +50,7 @@ class LayerMemory:
     input_per_token: int
     """A layer's input: all that gradient checkpointing keeps."""
     working_per_token: int
-    """Most beside what is kept: three gradients of the MLP and one of the stream."""
+    """Most beside what is kept: gradients of the MLP, of an adapter, and one of the stream."""
     forward_per_token: int
     """Most of a forward without gradient."""
     ends_per_token: int
@@ -81,7 +81,8 @@ def layer_memory(case: StepCase) -> LayerMemory:
         kept += 2 * FP32 * (shape.q_dim - shape.kv_dim)
         kept += (FP32 - compute) * (shape.q_dim + 2 * shape.kv_dim)
     copies = 0
-    if case.autocasts:
+    # An adapter is fp32 on any base; weights that are bf16 already are used as they are.
+    if case.autocasts and (is_adapter or precision.weights == FP32):
         trained = (
             shape.lora_layer_parameters(case.lora_r, case.lora_targets)
             if case.lora_r is not None
@@ -90,13 +91,22 @@ def layer_memory(case: StepCase) -> LayerMemory:
         copies = BF16 * trained
     casts_frozen = is_adapter and case.autocasts and precision.weights == FP32
     hidden, inner = shape.hidden, shape.intermediate
+    working = 2 * compute * inner
+    if (
+        case.lora_r is not None
+        and compute == BF16
+        and "down_proj" in adapted_linears(case.lora_targets)
+    ):
+        # The adapter's input is cast to fp32, so its gradient comes back in fp32 and is cast again,
+        # beside that of the base.
+        working += FP32 * inner
     last_norm = FP32 * hidden + (0 if is_adapter else stream * hidden)
     return LayerMemory(
         saved_per_token=kept,
         weight_copies=copies,
         frozen_copies=BF16 * shape.layer_linear_parameters if casts_frozen else 0,
         input_per_token=stream * hidden,
-        working_per_token=2 * compute * inner + stream * hidden,
+        working_per_token=working + stream * hidden,
         forward_per_token=3 * compute * inner + 3 * stream * hidden,
         ends_per_token=last_norm + 2 * stream * shape.head_dim,
         output_per_token=stream * hidden,

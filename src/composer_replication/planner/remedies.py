@@ -76,9 +76,13 @@ def _smaller_parts(config: RunConfig, before: str) -> Iterator[Change]:
 def _adapter(config: RunConfig, before: str) -> Iterator[Change]:
     if config.lora is None:
         lora = LoraConfig()
-        yield Change(
-            f"{before}lora.r = {lora.r}", config.model_copy(update={"lora": lora, "teacher": None})
-        )
+        yield Change(f"{before}lora.r = {lora.r}", config.model_copy(update={"lora": lora}))
+        if config.teacher not in (None, "frozen") and config.alpha_sdpo > 0:
+            values = {"lora": lora, "teacher": "frozen"}
+            yield Change(
+                f"{before}lora.r = {lora.r} and teacher = 'frozen'",
+                config.model_copy(update=values),
+            )
 
 
 def _with_grpo(config: RunConfig, **values: int | bool) -> RunConfig:

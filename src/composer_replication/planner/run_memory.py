@@ -210,7 +210,8 @@ def _rollout_bytes(rollouts: RolloutShape, case: StepCase, model: ModelShape) ->
     prompt_tokens = rollouts.num_rows * rollouts.prompt_tokens
     prefill = layer_memory(case).forward_per_token * prompt_tokens
     logits = 3 * FP32 * rollouts.num_rows * model.vocab
-    cast = BF16 * model.num_parameters if case.autocasts and case.lora_r is None else 0
+    casts = case.autocasts and case.lora_r is None and case.weights_dtype == "float32"
+    cast = BF16 * model.num_parameters if casts else 0
     return cache + max(prefill, logits) + cast
 
 

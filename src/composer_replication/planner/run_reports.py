@@ -9,7 +9,7 @@ from typing import Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from composer_replication.errors import DataError
+from composer_replication.errors import DataError, shown
 from composer_replication.planner.calibration import Measured, measured_runs
 
 REPORT_SCHEMA = 1
@@ -152,23 +152,45 @@ def _ended(folder: Path) -> _Ended:
             f"{folder} holds no readable summary.json ({type(error).__name__}), so there is no run "
             "to compare. Give two run directories that ended."
         ) from None
-    phases = cast("Mapping[str, float | None]", summary["phases_s"])
     figures = {"first_step_loss": _first_loss(folder / "metrics.jsonl")}
-    figures |= {name: summary[name] for name in _FIGURES}
-    figures |= {f"phases_s/{name}": seconds for name, seconds in phases.items()}
-    figures |= {name: summary[name] for name in _MEMORY_FIGURES}
-    facts = {name: cast("str | None", summary[name]) for name in ("status", "model", "device")}
+    try:
+        phases = cast("Mapping[str, float | None]", summary["phases_s"])
+        figures |= {name: _number(name, summary[name]) for name in _FIGURES}
+        figures |= {f"phases_s/{name}": _number(name, s) for name, s in phases.items()}
+        figures |= {name: _number(name, summary[name]) for name in _MEMORY_FIGURES}
+        facts = {name: _text(name, summary[name]) for name in ("status", "model", "device")}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{folder / 'summary.json'} is no summary of a run ({type(error).__name__}: {error}). "
+            "Give two run directories that ended."
+        ) from None
     return _Ended({"run": str(folder), **facts}, figures)
+
+
+def _number(name: str, value: object) -> float | None:
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    raise TypeError(f"{name} is {shown(value)}, which is no number")
+
+
+def _text(name: str, value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise TypeError(f"{name} is {shown(value)}, which is no text")
 
 
 def _first_loss(path: Path) -> float | None:
     if not path.is_file():
         return None
-    first = path.read_text("utf-8").partition("\n")[0]
     try:
-        loss = json.loads(first).get("loss")
-    except ValueError:
-        return None
+        first = path.read_text("utf-8").partition("\n")[0]
+        row = json.loads(first) if first.strip() else {}
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read as lines of JSON ({type(error).__name__}), so the first step's "
+            "loss is not known. Give two run directories that ended."
+        ) from None
+    loss = cast("Mapping[str, object]", row).get("loss") if isinstance(row, dict) else None
     return float(loss) if isinstance(loss, int | float) else None
 
 

@@ -146,3 +146,12 @@ def test_the_cap_is_named_where_the_cap_binds(planned, machine):
     assert f"the cap of {least.worst_usd:g} USD binds: {free.chosen.place.label} would take " in (
         plan.decision.reason
     )
+
+
+def test_an_adapter_as_the_change_keeps_the_teacher_or_says_otherwise(planned, machine):
+    plan = planned(load_config(None, FULL_7B), machine(), on="modal", gpu=parse_gpu("A100-80GB"))
+    assert plan.cheaper_fit.startswith("A100-80GB would fit with lora.r = 16 (")
+    changed = load_config(None, [*FULL_7B, "lora.r=16"])
+    assert changed.teacher == "live"
+    again = planned(changed, machine(), on="modal", gpu=parse_gpu("A100-80GB"))
+    assert f"({again.chosen.memory.peak_gib:.1f} of" in plan.cheaper_fit

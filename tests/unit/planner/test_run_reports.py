@@ -99,3 +99,21 @@ def test_a_run_without_a_plan_is_no_row(tmp_path):
 def test_the_published_schemas_are_the_generated_ones(name, schema):
     published = (files("composer_replication.planner") / f"{name}_schema.json").read_text()
     assert published == json.dumps(schema, indent=2) + "\n"
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"phases_s": 3}', "3"])
+def test_a_summary_that_is_none_is_told(text, runs, capsys, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "summary.json").write_text(text)
+    assert main(["report", "compare", str(broken), str(broken)]) == 2
+    assert "is no summary of a run" in capsys.readouterr().err
+
+
+def test_a_piped_report_cuts_none_of_its_figures(tmp_path, capsys):
+    name = "a_run_with_a_name_that_leaves_no_room_for_anything_else_in_a_hundred_columns"
+    ended(tmp_path / name, median_step_s=2.5, peak_tensor_gib=4.0, total_s=80.0)
+    assert main(["report", "planner", str(tmp_path)]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(name)]
+    for cell in ("2 / 2.5 (-20%)", "5 / 4 (+25%)", "100 / 80 (+25%)", "yes"):
+        assert cell in row
