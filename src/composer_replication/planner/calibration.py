@@ -37,6 +37,10 @@ class Measured:
     """Expected without calibration."""
     phases_s: dict[str, float]
     """Seconds of each phase that was timed."""
+    status: str = "passed"
+    """That it ended with."""
+    where: str = "local"
+    """This machine, or a container on Modal."""
     is_probe: bool = False
     """Ten steps of the very run that is planned, made for its plan."""
 
@@ -71,14 +75,26 @@ def factor_from(runs: list[Measured], *, device: str, model: str) -> float | Non
     """
     here = [run for run in runs if device_key(run.device) == device]
     probes = [run for run in here if run.is_probe]
-    same = [run for run in here if run.model == model]
+    same = [run for run in here if run.model == model and run.status == "passed"]
     ratios = [run.step_ratio for run in (probes or same or here)[-_KEPT_RUNS:]]
     return statistics.median(ratios) if ratios else None
 
 
-def phases_from(runs: list[Measured], *, device: str, model: str) -> dict[str, float]:
-    """Median seconds of each phase of runs of that model on that device."""
-    same = [run for run in runs if device_key(run.device) == device and run.model == model]
+def is_same_run(runs: list[Measured], *, device: str, model: str) -> bool:
+    """Whether a passed run of that model, or a probe, is among those that calibrate a device."""
+    here = [run for run in runs if device_key(run.device) == device]
+    return any(run.is_probe or (run.model == model and run.status == "passed") for run in here)
+
+
+def phases_from(
+    runs: list[Measured], *, device: str, model: str, where: str = "local"
+) -> dict[str, float]:
+    """Median seconds of each phase of runs of that model on that device, here or on Modal."""
+    same = [
+        run
+        for run in runs
+        if device_key(run.device) == device and run.model == model and run.where == where
+    ]
     recent = [run.phases_s for run in same[-_KEPT_RUNS:]]
     names = {name for phases in recent for name in phases}
     return {
@@ -121,6 +137,8 @@ def _read(path: Path) -> tuple[float, Measured] | None:
             total_s=summary["total_s"],
             bare_step_s=planned["bare_step_s"],
             phases_s={name: s for name, s in summary["phases_s"].items() if s is not None},
+            status=summary["status"],
+            where="modal" if summary.get("cost_usd") is not None else "local",
         )
     except (OSError, ValueError, KeyError, TypeError):
         # A run that is going on, was killed, or comes from a version without plans.

@@ -125,6 +125,7 @@ def make_candidate(
     *,
     predictor: Predictor = predict,
     factor: float | None = None,
+    narrows: bool = True,
     measured_s: Mapping[str, float] | None = None,
 ) -> Candidate:
     """The run in that place.
@@ -136,6 +137,7 @@ def make_candidate(
         prices: of a remote run.
         predictor: of a step's memory.
         factor: measured seconds over predicted ones on this device; None: not known.
+        narrows: the factor is of runs of this very model that passed; others shift the range alone.
         measured_s: seconds of phases that earlier runs of this model took there.
     """
     speed = place.speed if place.gpu is None else gpu_speed(place.gpu, shape)
@@ -150,7 +152,7 @@ def make_candidate(
     step_s = bare
     if factor is not None:
         seconds = {name: term.times(factor) for name, term in seconds.items()}
-        step_s = calibrated(bare, factor)
+        step_s = calibrated(bare, factor) if narrows else bare.times(factor)
     weights = weights_gib(shape.case)
     clock = wall_clock(
         shape,
@@ -192,7 +194,7 @@ def make_candidate(
         timeout_s=limit_s,
         num_attempts=modal.retries + 1,
         memory_request_gib=memory_gib,
-        is_calibrated=factor is not None,
+        is_calibrated=factor is not None and narrows,
     )
 
 

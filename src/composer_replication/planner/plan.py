@@ -8,7 +8,12 @@ from typing import Literal
 from composer_replication.config.run_config import RunConfig
 from composer_replication.config.smoke_defaults import with_smoke_defaults
 from composer_replication.errors import ConfigError
-from composer_replication.planner.calibration import Measured, factor_from, phases_from
+from composer_replication.planner.calibration import (
+    Measured,
+    factor_from,
+    is_same_run,
+    phases_from,
+)
 from composer_replication.planner.candidate import Candidate, Place, make_candidate
 from composer_replication.planner.cost import SMOKE_BUDGET_USD, check_budget
 from composer_replication.planner.data_shape import DataShape, data_shape
@@ -122,7 +127,8 @@ class Planner:
             self.prices,
             predictor=predictor,
             factor=factor_from(self._runs, device=place.name, model=spec),
-            measured_s=phases_from(self._runs, device=place.name, model=spec),
+            narrows=is_same_run(self._runs, device=place.name, model=spec),
+            measured_s=phases_from(self._runs, device=place.name, model=spec, where=place.where),
         )
 
     def shape(self, place: Place, config: RunConfig) -> RunShape:

@@ -8,6 +8,7 @@ from composer_replication.planner.calibration import (
     calibrated,
     device_key,
     factor_from,
+    is_same_run,
     measured_runs,
     phases_from,
 )
@@ -137,3 +138,17 @@ def test_a_calibrated_range_is_fifteen_percent_wide():
 )
 def test_a_summary_s_device_is_a_place_of_the_plan(label, key):
     assert device_key(label) == key
+
+
+def test_only_passed_runs_of_the_model_narrow_and_local_phases_stay_local(tmp_path):
+    written_run(tmp_path / "other", 3.0, model="other")
+    written_run(tmp_path / "failed", 9.0, model="mine", status="failed")
+    runs = measured_runs(tmp_path)
+    assert factor_from(runs, device="L4", model="mine") is not None
+    assert not is_same_run(runs, device="L4", model="mine")
+    written_run(tmp_path / "passed", 1.5, model="mine")
+    written_run(tmp_path / "remote", 1.5, model="mine", cost_usd=0.1)
+    runs = measured_runs(tmp_path)
+    assert is_same_run(runs, device="L4", model="mine")
+    assert factor_from(runs, device="L4", model="mine") == pytest.approx(1.5)
+    assert phases_from(runs, device="L4", model="mine", where="modal") == {"load": 15.0}
