@@ -52,7 +52,29 @@ def solve(planner: Planner, key: str, candidates: list[Candidate]) -> list[Solve
     if key == MAX_LENGTH:
         return [Solved(c, key, _largest(_length_fits(c), 16)) for c in candidates]
     _current(planner.request.config, key)
-    return [Solved(c, key, _largest(_value_fits(planner, key, c.place), 1)) for c in candidates]
+    return [Solved(c, key, _largest_value(planner, key, c.place)) for c in candidates]
+
+
+_TRIED = 64
+"""Values among which the smallest that a run takes is looked for."""
+
+
+def _largest_value(planner: Planner, key: str, place: Place) -> int | None:
+    """The largest that fits, in steps of the smallest that a run takes: groups stay whole."""
+
+    def is_valid(value: int) -> bool:
+        config = _with_value(planner.request.config, key, value)
+        try:
+            return config is not None and planner.shape(place, config) is not None
+        except ConfigError:
+            return False
+
+    smallest = next((value for value in range(1, _TRIED + 1) if is_valid(value)), None)
+    if smallest is None:
+        return None
+    fits = _value_fits(planner, key, place)
+    steps = _largest(lambda count: is_valid(count * smallest) and fits(count * smallest), 1)
+    return None if steps is None else min(steps * smallest, _LARGEST)
 
 
 def _length_fits(candidate: Candidate) -> Callable[[int], bool]:

@@ -251,3 +251,13 @@ def test_a_local_card_that_is_not_in_the_table_is_told(note, planned):
         planned(note, unknown, on="local")
     # Modal's cards can be planned for all the same.
     assert planned(note, unknown).chosen.place.where == "modal"
+
+
+@pytest.mark.parametrize("key", ["grpo.num_generations", "grpo.per_device_train_batch_size"])
+def test_solve_starts_at_the_smallest_value_that_a_run_takes(key, capsys):
+    options = ["--set", "model=shape:qwen2.5-0.5b", "--set", "grpo.max_steps=9", "--on", "modal"]
+    _, out, _ = run_plan(capsys, *options, "--gpu", "H100", "--solve", key, "--json")
+    value = json.loads(out)["solved"][0]["value"]
+    # Without a file a group is of two.
+    assert value >= 4
+    assert value % 2 == 0
