@@ -112,7 +112,7 @@ def test_the_terminal_answers_first():
     text = shown(report(figures([1] * 12, old=[1] * 12, margin=2.5), before))
     first = text.splitlines()[0]
     assert first.rstrip() == (
-        "better  greedy success 0% -> 100% (+100 points [+100, +100], p = 0.0005)"
+        "better  greedy success 0% -> 100% (+100 points [+66, +100], p = 0.0005)"
     )
     assert "refused, greedy         bad_key 12" in text
     assert "old convention, greedy" in text
