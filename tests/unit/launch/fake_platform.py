@@ -23,6 +23,8 @@ class FakeModal(ContainerHost, api_grpc.ModalClientBase):
         """Options of the variants of a function that were asked for."""
         self.refusal = None
         """(RPC, status, text) that is refused."""
+        self.outage = {}
+        """How often each RPC is not answered from now on."""
         self.bill = {}
         """USD by run_id, as the billing report gives them."""
 
@@ -34,6 +36,9 @@ class FakeModal(ContainerHost, api_grpc.ModalClientBase):
         handler = getattr(self, f"on_{name}", None)
         if self.refusal is not None and self.refusal[0] == name:
             raise GRPCError(self.refusal[1], self.refusal[2])
+        if self.outage.get(name, 0) > 0:
+            self.outage[name] -= 1
+            raise GRPCError(Status.UNAVAILABLE, "the network is away")
         if handler is None:
             raise GRPCError(Status.UNIMPLEMENTED, name)
         return handler(req)
@@ -134,6 +139,17 @@ class FakeModal(ContainerHost, api_grpc.ModalClientBase):
         return Empty()
 
     on_FunctionFinishInputs = on_AppHeartbeat
+
+    def on_AppGetByDeploymentName(self, req):
+        """The client takes `ap-1` for a name: ids are longer."""
+        return pb.AppGetByDeploymentNameResponse(app_id=req.name)
+
+    def on_AppStop(self, req):
+        for call in self.inputs.values():
+            call.is_cancelled = True
+            if call.process is not None:
+                kill(call.process)
+        return Empty()
 
     def on_AppClientDisconnect(self, req):
         self.is_disconnected = True

@@ -3,7 +3,7 @@
 import modal.exception
 import pytest
 
-from composer_replication.errors import InputError, LaunchError
+from composer_replication.errors import InputError, LaunchError, UnreachableError
 from composer_replication.launch.modal_errors import explain_modal_error
 
 CASES = [
@@ -15,6 +15,17 @@ CASES = [
         LaunchError,
         "budget, credit or number of containers is used up",
     ),
+    (
+        modal.exception.ResourceExhaustedError("GPU limit reached: 10 concurrent GPUs"),
+        LaunchError,
+        "budget, credit or number of containers is used up",
+    ),
+    (
+        modal.exception.InvalidError("memory limit is 336 GiB"),
+        LaunchError,
+        "Modal refused to run it: memory limit is 336 GiB",
+    ),
+    (modal.exception.ServiceError("unavailable"), UnreachableError, "Modal cannot be reached"),
     (modal.exception.InvalidError("gpu 'Z9'"), InputError, "does not know that GPU"),
     (modal.exception.NotFoundError("Secret 'x' not found"), InputError, "modal secret create"),
     (

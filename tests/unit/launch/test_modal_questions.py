@@ -1,66 +1,16 @@
 """What a user at a terminal is asked, and what each answer does; the terminal is a real one."""
 
-import os
-import pty
+import json
 import signal
-import subprocess
-import sys
-import threading
-import time
 
 import pytest
-from remote_cli import cli, environment_of, ledger_of
+from remote_cli import cli, ledger_of
+from terminal import Terminal
 
+from composer_replication.launch.ledger import Ledger
 from composer_replication.launch.records import load_records
 
 TRAIN = ["train", "base.toml", "--on", "modal", "--out", "there"]
-
-
-class Terminal:
-    """A command whose input is a terminal; its two outputs are read as they come."""
-
-    def __init__(self, *arguments, platform):
-        keyboard, stdin = pty.openpty()
-        self._keyboard = os.fdopen(keyboard, "wb", buffering=0)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "composer_replication", *arguments],
-            env=environment_of(platform),
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        os.close(stdin)
-        self.said = ""
-        streams = (self._process.stdout, self._process.stderr)
-        self._readers = [threading.Thread(target=self._read, args=(each,)) for each in streams]
-        for reader in self._readers:
-            reader.start()
-
-    def _read(self, stream):
-        with stream:
-            while text := os.read(stream.fileno(), 4096):
-                self.said += text.decode()
-
-    def wait_for(self, text):
-        end = time.monotonic() + 120
-        while text not in self.said:
-            assert time.monotonic() < end, self.said
-            assert self._process.poll() is None, self.said
-            time.sleep(0.02)
-
-    def answer(self, text):
-        self._keyboard.write(text)
-
-    def interrupt(self):
-        self._process.send_signal(signal.SIGINT)
-
-    def end(self):
-        """The exit code."""
-        code = self._process.wait(120)
-        for reader in self._readers:
-            reader.join()
-        self._keyboard.close()
-        return code
 
 
 @pytest.fixture(autouse=True)
@@ -130,3 +80,56 @@ def test_ctrl_c_and_c_or_ctrl_c_again_cancel_the_run(platform, workplace, answer
     assert (record.status, ledger.accounts()[record.job_id].reserved_usd) == ("cancelled", 0.0)
     assert 0 < ledger.total_usd() < record.worst_usd
     assert len(load_records(workplace / "runs")) == 1
+
+
+SWEEP = ["sweep", "base.toml", "--grid", "alpha_sdpo=0,0.2", "--out", "s", "--on", "modal", "--yes"]
+
+
+def running_sweep(platform):
+    platform.environment["STAND_IN_STEP_S"] = "2"
+    terminal = Terminal(*SWEEP, platform=platform)
+    while len(platform.inputs) < 2 or not all(call.lines for call in platform.inputs.values()):
+        terminal.wait_for("")
+    terminal.interrupt()
+    terminal.wait_for("Cancel them (c), or leave them running (Enter)? ")
+    assert "2 members are running and cost" in terminal.said
+    return terminal
+
+
+def test_ctrl_c_and_enter_leave_a_sweeps_members_alone_and_resume_waits_for_them(
+    platform, workplace
+):
+    terminal = running_sweep(platform)
+    terminal.answer(b"\n")
+    assert terminal.end() == 130, terminal.said
+    assert {record.status for record in load_records(workplace / "runs")} == {"running"}
+    platform.bill = {platform.tags["run_id"]: 0.75}
+    resumed = cli(*SWEEP, "--resume", platform=platform)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert len(platform.inputs) == 2  # no member was sent again
+    assert "bill    0.7500 USD for all members so far" in resumed.stdout
+    assert json.loads((workplace / "s/sweep.json").read_text())["billed_usd"] == 0.75
+    for log in (workplace / "s/logs").iterdir():
+        assert "passed  4 steps" in log.read_text()
+    assert len(list((workplace / "s/logs").iterdir())) == 2
+
+
+def test_ctrl_c_and_c_cancel_a_sweeps_members_and_free_what_they_had_set_aside(platform, workplace):
+    terminal = running_sweep(platform)
+    terminal.answer(b"c\n")
+    assert terminal.end() == 130, terminal.said
+    assert all(call.is_cancelled for call in platform.inputs.values())
+    accounts = Ledger(workplace / "s/ledger.json").accounts().values()
+    assert all(account.reserved_usd == 0 < account.usd for account in accounts)
+
+
+def test_a_sweep_shows_its_plan_before_it_asks_and_no_sends_nothing(platform, workplace):
+    terminal = Terminal(*SWEEP[:-1], platform=platform)
+    terminal.wait_for("[y/N] ")
+    assert "sweep   2 members, 2 at a time on " in terminal.said
+    assert "where  gpu" in terminal.said
+    terminal.answer(b"\n")
+    assert terminal.end() == 0
+    assert terminal.said.endswith("Nothing was sent.\n")
+    assert platform.calls == []
+    assert not (workplace / "s").exists()

@@ -83,6 +83,30 @@ def test_an_error_ends_the_pool_after_what_is_running():
     assert len(started) < 10
 
 
+def test_what_runs_beside_an_error_comes_to_its_own_end():
+    stops, is_running = threading.Event(), threading.Event()
+    ended = []
+
+    def start(member, number):
+        if member == "error":
+            is_running.wait(10)
+            raise RuntimeError("over the cap")
+        is_running.set()
+        assert not stops.wait(0.3)
+        return 0
+
+    with pytest.raises(RuntimeError, match="over the cap"):
+        run_all(
+            ["runs", "error", "waits"],
+            start,
+            num_parallel=2,
+            has_passed=lambda outcome: outcome == 0,
+            on_end=ended.append,
+            stops=stops,
+        )
+    assert [(attempt.member, attempt.outcome) for attempt in ended] == [("runs", 0)]
+
+
 def test_members_that_are_told_to_stop_are_not_retried():
     stops = threading.Event()
 

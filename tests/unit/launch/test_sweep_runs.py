@@ -100,6 +100,40 @@ def test_a_resumed_sweep_is_the_sweep_that_was_started(workplace, capsys):
     )
 
 
+def test_a_resumed_sweep_ranks_no_member_of_another_length_among_its_own(workplace, capsys):
+    assert main([*COMMAND]) == 0
+    longer = [*COMMAND, "--resume", "--set", "grpo.max_steps=6"]
+    assert main(longer) == 2
+    said = capsys.readouterr().err
+    assert "alpha_sdpo-0-seed-0 ran with other values of grpo.max_steps" in said
+    assert main([*COMMAND, "--resume", "--set", "modal.retries=1"]) == 0
+
+
+def test_resume_without_out_goes_on_with_the_newest_sweep(workplace, monkeypatch, capsys):
+    sweep = ["sweep", "base.toml", "--grid", "alpha_sdpo=0.2"]
+    assert main(sweep) == 0
+    monkeypatch.setenv("STAND_IN_FAIL", '{"alpha_sdpo-0.2-": 9}')
+    assert main(sweep) == 1
+    monkeypatch.setenv("STAND_IN_FAIL", "{}")
+    capsys.readouterr()
+    assert main([*sweep, "--resume", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("sweep   1 members, 1 at a time here")
+    assert main([*sweep, "--resume"]) == 0
+    for name in ("base-sweep", "base-sweep-2"):
+        assert json.loads((workplace / "runs" / name / "sweep.json").read_text())["status"] == (
+            "passed"
+        )
+
+
+def test_points_of_a_list_show_every_key_that_one_of_them_sets(workplace, capsys):
+    points = ["--point", "alpha_sdpo=0.2", "--point", "beta_replay=0.1"]
+    assert main(["sweep", "base.toml", *points, "--out", "s"]) == 0
+    table = capsys.readouterr().out
+    (titles,) = [line for line in table.splitlines() if line.lstrip().startswith("#")]
+    assert {"alpha_sdpo", "beta_replay"} <= set(titles.split())
+    assert sum("base" in line.split() for line in table.splitlines()) == 2
+
+
 def test_the_longest_members_start_first_and_the_table_keeps_its_order(workplace, capsys):
     steps = ["sweep", "base.toml", "--grid", "grpo.max_steps=2,6,4", "--out", "s"]
     assert main([*steps, "--json"]) == 0
