@@ -21,7 +21,8 @@ from composer_replication.experiments.proportions import proportion
 
 Result = Mapping[str, Any]
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; more than these are
+# given the last, which is too wide rather than too narrow.
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 GRPO_AT_MOST = 0.10
 ALL_AT_LEAST = 0.90
@@ -64,7 +65,11 @@ class Cell:
             return math.nan, math.nan, math.nan
         means = [sum(seed) / len(seed) for seed in by_seed]
         if len(means) >= 3:
-            half = _T_95[len(means) - 2] * statistics.stdev(means) / math.sqrt(len(means))
+            half = (
+                _T_95[min(len(means) - 2, len(_T_95) - 1)]
+                * statistics.stdev(means)
+                / math.sqrt(len(means))
+            )
             middle = statistics.fmean(means)
             return middle, max(0.0, middle - half), min(1.0, middle + half)
         pooled = proportion([outcome for seed in by_seed for outcome in seed])
