@@ -66,8 +66,8 @@ LIMITS = """## What this can and cannot show
 - What it costs: a model that learns today's rules uses them everywhere unless something tells the
   two apart. Every fifth training prompt asks for the old convention, in the words of the probe and
   on other requests; in a trial without such prompts (24 steps of 16 rollouts, one seed, log.md) it
-  fell from 92 % to 4 %, and with twice as many it kept more of the old and learned less of the new. Nothing of everyday
-  replies is in training; their loss says what else was lost.
+  fell from 92 % to 4 %, and with twice as many it kept more of the old and learned less of the
+  new. Nothing of everyday replies is in training; their loss says what else was lost.
 - At T = 1 this model writes prose or code at most prompts (2 nats a token): in one trial of other
   settings (log.md) 8 % were right after training. Greedy figures are what a user of it would see.
 - Task A is measured on one drift, in one turn: of four of its eight tools the first call has to
@@ -78,9 +78,10 @@ LIMITS = """## What this can and cannot show
 - Shuffled hints are those of other tools, so each rule is still shown, at another tool's turns.
   What spreads from there to all tools is right for the rule's own: see the table by tool. Wrong
   hints show the old call under a key that no tool has, and so nothing of today's rules.
-- Tasks are procedural and short: four to eight tools, calls of some 25 tokens, one turn. They say nothing about long episodes or about code. With all eight tools of task A the same
-  method had learned 3 of 16 validation calls after 8 steps of a trial and no more after 12
-  (log.md): four is what a run of this length teaches.
+- Tasks are procedural and short: four to eight tools, calls of some 25 tokens, one turn. They say
+  nothing about long episodes or about code. With all eight tools of task A the same method had
+  learned 3 of 16 validation calls after 8 steps of a trial and no more after 12 (log.md): four is
+  what a run of this length teaches.
 - GRPO's groups are of two rollouts, so that a step of 10 has a prompt of each tool. Larger groups
   would not help it here while no rollout is right; they would where some are.
 - The hints are written by the environment, which knows the rule. A weaker source of hints would

@@ -268,7 +268,7 @@ exit codes: 0 every member passed, 1 one failed twice, 2 your input, 130 Ctrl-C
 """
 
 RUNS_HELP = """\
-usage: composer-replication runs [-h] [--yes] [--set KEY=VALUE] [--json] ACTION [ID]
+usage: composer-replication runs [-h] [--yes] [--budget USD] [--set KEY=VALUE] [--json] ACTION [ID]
 
 Lists launched jobs, follows, ends, fetches or resumes one.
 
@@ -279,6 +279,7 @@ positional arguments:
 options:
   -h, --help       show this help message and exit
   --yes            resume: spend without asking
+  --budget USD     resume: another cap, on all that the job has cost and may cost
   --set KEY=VALUE  resume: another limit, such as modal.timeout_s=7200
   --json           print the summary as one JSON object on stdout, all else on stderr
 
@@ -287,7 +288,7 @@ actions:
   logs ID     what the job has printed, and prints until it ends
   cancel ID   end it; what it committed stays
   fetch ID    bring its run directory home and settle what it cost
-  resume ID   go on from its newest checkpoint, under the cap that it was launched with
+  resume ID   go on from its newest checkpoint, under the cap that it was launched with or --budget
 
 examples:
   composer-replication runs list

@@ -42,7 +42,7 @@ actions:
   logs ID     what the job has printed, and prints until it ends
   cancel ID   end it; what it committed stays
   fetch ID    bring its run directory home and settle what it cost
-  resume ID   go on from its newest checkpoint, under the cap that it was launched with
+  resume ID   go on from its newest checkpoint, under the cap that it was launched with or --budget
 
 examples:
   composer-replication runs list
