@@ -38,17 +38,6 @@ def test_a_run_that_reaches_its_time_out_says_how_it_goes_on_for_longer(platform
     assert (record.status, record.worst_usd) == ("passed", pytest.approx(3 * before_usd))
 
 
-def test_a_run_that_does_not_heed_its_time_out_is_ended_by_modal_and_told_so(platform, workplace):
-    platform.environment |= {"STAND_IN_HANG_AT": "3", "STAND_IN_DEAF": "1"}
-    done = cli(*TRAIN, "--set", "modal.timeout_s=12", platform=platform)
-    assert done.returncode == 1
-    assert "The remote run was ended at its time-out. What it had committed is kept" in done.stderr
-    record, ledger = ledger_of(workplace)
-    assert record.status == "failed"
-    assert ledger.accounts()[record.job_id].reserved_usd == 0
-    assert 0 < ledger.total_usd() <= record.worst_usd
-
-
 def test_a_run_that_the_kernel_killed_for_memory_says_how_it_gets_more(platform, workplace):
     platform.environment["STAND_IN_OOM_AT"] = "3"
     done = cli(*TRAIN, platform=platform)
