@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from composer_replication.cli.recorded_run import EXIT_CODES, RUNS_FOLDER
 from composer_replication.cli.verb import EXIT_FAILED, EXIT_STOPPED, Answer
-from composer_replication.errors import ComposerError, InputError, UnreachableError
+from composer_replication.errors import InputError, LaunchError, UnreachableError
 
 if TYPE_CHECKING:
     from composer_replication.launch.function_spec import FunctionSpec
@@ -127,17 +127,17 @@ def result_of(
     Raises:
         TimeoutError: it has not after `timeout_s`, or `stops` is set.
         UnreachableError: nobody answers.
-        ComposerError: how it ended instead.
+        InputError: Modal does not let this user ask.
+        LaunchError: how it ended instead.
     """
     from composer_replication.launch import modal_job
 
     assert record.call_id is not None
     try:
         return modal_job.wait_for(record.call_id, timeout_s, stops=stops)
-    except UnreachableError:
-        raise
-    except ComposerError:
-        if record.status == "running":
+    except LaunchError as error:
+        # An input error is of who asks, such as credentials; the call may go on.
+        if record.status == "running" and not isinstance(error, UnreachableError):
             settle_without_result(record)
         raise
 

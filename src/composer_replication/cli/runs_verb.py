@@ -21,7 +21,6 @@ from composer_replication.cli.recorded_run import RUNS_FOLDER
 from composer_replication.cli.resumed_limits import with_other_limits
 from composer_replication.cli.verb import JSON, Answer, Argument, Option, Verb
 from composer_replication.errors import (
-    ComposerError,
     InputError,
     LaunchError,
     UnreachableError,
@@ -128,6 +127,8 @@ def _cancel(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
     elif record.call_id is None or record.status != "running":
         raise InputError(f"{record.job_id} is {record.status}, so there is nothing to end.")
     else:
+        modal_job.check_credentials()
+        modal_job.check_reachable()
         with contextlib.suppress(TimeoutError):
             result = result_of(record, _ASK_S)
             _say(options, f"{record.job_id} had ended before.")
@@ -141,8 +142,12 @@ def _cancel(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
 
 
 def _fetch(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
+    from composer_replication.launch import modal_job
+
     if record.where == "local":
         raise InputError(f"{record.job_id} ran on this machine: its files are in {record.folder}.")
+    modal_job.check_credentials()
+    modal_job.check_reachable()
     is_news = record.status == "running"
     if record.call_id is not None and record.status != "cancelled":
         try:
@@ -153,9 +158,9 @@ def _fetch(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
                 f"logs {record.job_id}`, or end it with `composer-replication runs cancel "
                 f"{record.job_id}`."
             ) from None
-        except UnreachableError:
+        except (UnreachableError, InputError):
             raise
-        except ComposerError:
+        except LaunchError:
             if is_news:
                 with contextlib.suppress(InputError):
                     bring_home_priced(record)

@@ -45,6 +45,11 @@ def test_what_nobody_can_ask_about_stays_set_aside(platform, workplace):
     assert "may go on, so what it may cost stays set aside" in fetched.stderr
     record, ledger = ledger_of(workplace)
     assert (record.status, ledger.total_usd()) == ("running", record.worst_usd)
+    for action in ("fetch", "cancel"):
+        unknown = cli("runs", action, record.job_id)  # without credentials
+        assert (unknown.returncode, "no Modal credentials" in unknown.stderr) == (2, True)
+        record, ledger = ledger_of(workplace)
+        assert (record.status, ledger.total_usd()) == ("running", record.worst_usd)
     platform.outage.clear()
     assert cli("runs", "fetch", record.job_id, platform=platform).returncode == 0
     assert ledger_of(workplace)[0].status == "passed"
