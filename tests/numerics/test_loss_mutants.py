@@ -116,8 +116,8 @@ HEAD = (
     mutant(
         "head",
         "last_tile_skipped",
-        "for start in range(0, num_rows, tile_rows):",
-        "for start in range(0, num_rows - tile_rows + 1, tile_rows):",
+        "enumerate(range(0, num_rows, tile_rows))",
+        "enumerate(range(0, num_rows - tile_rows + 1, tile_rows))",
         head_checks.equals_the_plain_python_oracle,
     ),
 )
