@@ -50,8 +50,8 @@ class ContainerHost:
         self.environment = environment
         self.functions, self.images, self.mounts, self.files = {}, {}, {}, {}
         self.blobs, self.inputs = {}, {}
-        self.preempt_after_s = []
-        """Seconds after which the next containers are taken away."""
+        self.preemptions = []
+        """Of the next containers: (rows of metrics that it has to see, seconds after them)."""
 
     def definition(self):
         """The created function."""
@@ -100,7 +100,7 @@ class ContainerHost:
             pickle.dumps((definition.module_name, definition.function_name, args))
         )
         environment = self._environment(definition, home, call)
-        lifetime_s = self.preempt_after_s.pop(0) if self.preempt_after_s else None
+        preemption = self.preemptions.pop(0) if self.preemptions else None
         started_s = time.monotonic()
         call.process = subprocess.Popen(
             [sys.executable, str(CONTAINER), str(home)],
@@ -114,7 +114,8 @@ class ContainerHost:
         reader = threading.Thread(target=_read, args=(call.process.stdout, call.lines))
         reader.start()
         try:
-            end = _wait(call.process, home / "started", lifetime_s, definition.timeout_secs)
+            runs = Path(environment["COMPOSER_RUNS"])
+            end = _wait(call.process, home / "started", runs, preemption, definition.timeout_secs)
         finally:
             call.billed_s += time.monotonic() - started_s
         if end is not None:
@@ -177,19 +178,29 @@ class ContainerHost:
         }
 
 
-def _wait(process, mark, lifetime_s, timeout_s):
+def _wait(process, mark, runs, preemption, timeout_s):
     """What ended it from outside; a time-out counts from the body's start, which sets the mark."""
-    started_s, body_s = time.monotonic(), None
+    body_s = due_s = None
     while process.poll() is None:
         now_s = time.monotonic()
         if body_s is None and mark.exists():
             body_s = now_s
-        if lifetime_s is not None and now_s - started_s >= lifetime_s:
+        # By what the run has done, since how fast it is differs from machine to machine.
+        if due_s is None and preemption is not None and body_s is not None:
+            num_rows, and_s = preemption
+            due_s = now_s + and_s if _num_rows(runs) >= num_rows else None
+        if due_s is not None and now_s >= due_s:
             return "preempted"
         if body_s is not None and now_s - body_s >= timeout_s:
             return "time-out"
         time.sleep(0.01)
     return None
+
+
+def _num_rows(runs):
+    """Steps that the furthest run below the folder has written."""
+    files = runs.glob("*/metrics.jsonl")
+    return max((path.read_bytes().count(b"\n") for path in files), default=0)
 
 
 def _read(stream, lines):

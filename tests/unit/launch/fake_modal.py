@@ -147,7 +147,7 @@ def fake_modal(root, environment):
         files.server_close()
 
 
-def random_instants(seed, num_kills, longest_s):
-    """Seconds after which each of the next containers is taken away."""
+def random_preemptions(seed, num_kills, most_rows, step_s):
+    """Instants at which the next containers are taken away, a step before the end at the latest."""
     source = random.Random(seed)
-    return [source.uniform(0.3, longest_s) for _ in range(num_kills)]
+    return [(source.randint(0, most_rows), source.uniform(0, step_s)) for _ in range(num_kills)]

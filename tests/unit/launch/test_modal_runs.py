@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from fake_modal import random_instants
+from fake_modal import random_preemptions
 from grpclib import Status
 from remote_cli import cli, content_of, ledger_of
 
@@ -88,7 +88,7 @@ def test_the_created_function_is_the_one_that_a_dry_run_prints(platform, workpla
 def test_a_preempted_run_ends_as_one_that_was_not_and_no_dollar_counts_twice(platform, workplace):
     assert cli("train", "base.toml", "--out", "here").returncode == 0
     platform.environment["STAND_IN_STEP_S"] = "0.4"
-    platform.preempt_after_s = random_instants(1, num_kills=3, longest_s=3.0)
+    platform.preemptions = random_preemptions(5, num_kills=3, most_rows=2, step_s=0.4)
     done = cli(*TRAIN, "--out", "there", "--yes", platform=platform)
     assert done.returncode == 0, done.stderr
     assert platform.inputs["fc-1"].num_containers == 4

@@ -29,8 +29,6 @@ max_action_tokens = 6
 retries = 3
 """
 ENVIRONMENTS = Path(__file__).parents[1] / "experiments"
-IN_CONTAINER_S = 14.0
-"""Some time after its start, which takes 10: before, between or after two checkpoints."""
 
 
 @pytest.fixture
@@ -64,7 +62,7 @@ def test_a_preempted_training_ends_as_one_at_the_desk(place):
     both = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ENVIRONMENTS)}
     assert main(["train", "run.toml", "--out", "here"]) == 0
     with fake_modal(place / "modal", both) as platform:
-        platform.preempt_after_s = [IN_CONTAINER_S]
+        platform.preemptions = [(2, 0.0)]
         there = cli("train", "run.toml", "--on", "modal", "--out", "there", "--yes",
                     platform=platform, **both)  # fmt: skip
         assert there.returncode == 0, there.stderr
