@@ -9,13 +9,8 @@ from composer_replication.experiments.evidence_arms import (
     NUM_SEEDS_MAIN,
     SETTINGS,
 )
-from composer_replication.experiments.evidence_report import (
-    Cell,
-    load_cells,
-    rule_table,
-    table,
-    verdicts,
-)
+from composer_replication.experiments.evidence_claims import claims_table
+from composer_replication.experiments.evidence_report import Cell, load_cells, rule_table, table
 from composer_replication.experiments.hint_controls import CONTROLS
 
 TITLES = {
@@ -44,9 +39,10 @@ SmolLM2-135M-Instruct, every weight trained in fp32, on the machine that each fi
   seeds 0 to 2 had been seen before the last change; seeds from 3 on are fresh.
   No held-out string is in a hint, a pair or a prompt of training.
 - *greedy* and *at T*, that of the rollouts: exact success on held-out prompts, the first action
-  right and the request carried out. The interval is 95 %: over seeds (Student's t) where there are
-  three or more, else over prompts (Wilson), which says nothing about other seeds. Where seeds
-  are equal Student's t has no width; of three that differ it is wide. Claims compare means alone.
+  right and the request carried out. The interval is 95 %: over seeds (Student's t) where three or
+  more differ, else over the prompts of all of them (Wilson), which says nothing about other seeds.
+  Of three seeds it is wide. A claim holds, or does not, where its whole interval is on one side of
+  its bound; *by its mean* says that the bound is inside.
 - *rules with pairs*: held-out success on tools whose rule some training pair shows; *rules
   without*: on tools that only hints and rewards tell about.
 - *old convention*: success when a prompt asks for the convention from before the drift, in an
@@ -73,6 +69,9 @@ LIMITS = """## What this can and cannot show
 - Task A is measured on one drift, in one turn: of four of its eight tools the first call has to
   be right. `edit`, which reads first, `write`, which wants an absolute path, and `move` are not
   among them, so that nothing here is about rules that take several turns.
+- GRPO + SDPO learns three of the four rules, and in no seed the fourth, a flag that `delete` wants
+  added: every one of its failures there is the missing flag. Pairs teach it. So both channels are
+  needed here, as the task was built to ask.
 - A DPO pair's chosen side holds the answer, a hint does not. That is why pairs cover only every
   second rule: columns *rules with pairs* and *rules without* tell the channels apart.
 - Shuffled hints are those of other tools, so each rule is still shown, at another tool's turns.
@@ -93,7 +92,7 @@ def page(results: Path) -> str:
     """The text of docs/evidence.md."""
     cells, stale = load_cells(results)
     lines = [INTRO]
-    lines += ["## Claims", "", *verdicts(cells), ""]
+    lines += ["## Claims", "", *claims_table(cells), ""]
     if not cells:
         lines += ["No run is in the table yet, so nothing here is a result.", ""]
     lines += [f"Not measured yet: {_missing(cells)}. {_devices(cells)}", ""]

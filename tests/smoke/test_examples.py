@@ -1,12 +1,17 @@
 """The examples run as their docstrings say."""
 
+import dataclasses
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
+from composer_replication.experiments.evidence import run_config
+from composer_replication.experiments.evidence_arms import SETTINGS, EvidenceRun
 from composer_replication.experiments.run_data import load_run_data
+from composer_replication.experiments.trainer_setup import composer_config
+from composer_replication.runs.run_directory import RunDirectory
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -30,24 +35,30 @@ def test_the_plain_loop_trains_all_three_channels_without_trl(monkeypatch, capsy
     assert all("sdpo +0." in line for line in (first, second))
 
 
-def test_the_learning_example_says_before_and_after_and_draws_its_curve(
+def test_the_learning_example_says_before_and_after_and_keeps_model_and_curve(
     monkeypatch, capsys, tmp_path, tiny_model_dir
 ):
-    arguments = [
-        "--model",
-        str(tiny_model_dir),
-        "--steps",
-        "1",
-        "--curve-every",
-        "1",
-        "--heldout",
-        "8",
-    ]
-    run(monkeypatch, "learn_api_drift.py", *arguments, "--plot", str(tmp_path / "curve.svg"))
+    arguments = ["--model", str(tiny_model_dir), "--steps", "1", "--heldout", "8"]
+    run(monkeypatch, "learn_api_drift.py", *arguments, "--out", str(tmp_path / "out"))
     out = capsys.readouterr().out
-    assert "answered right at the first try: 0 of 8 -> 0 of 8" in out
-    assert "tools that none shows   0 of 4 -> 0 of 4" in out
-    assert (tmp_path / "curve.svg").read_text().lstrip().startswith("<?xml")
+    assert "held-out requests answered right: 0% -> 0%, +0% [" in out
+    assert "held-out success 0%" in out
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "curve.svg").read_text().lstrip().startswith("<?xml")
+
+
+@pytest.mark.parametrize("arm", ["all", "sdpo", "grpo"])
+def test_the_learning_example_has_the_settings_of_the_evidence(tmp_path, arm):
+    channels = {"all": ["grpo", "sdpo", "dpo"], "sdpo": ["grpo", "sdpo"], "grpo": ["grpo"]}[arm]
+    example = runpy.run_path(str(EXAMPLES / "learn_api_drift.py"))
+    shown = dataclasses.asdict(example["trainer_config"](channels, tmp_path, 3, 16))
+    file = run_config(EvidenceRun("api_drift", arm, 3), SETTINGS["api_drift"], str(tmp_path))
+    with RunDirectory.create(tmp_path / "run", resume=False) as directory:
+        run_values = composer_config(file, directory, {}, reference_cache=tmp_path)
+    ran = dataclasses.asdict(run_values)
+    folders = {name for name in ran if name.endswith("_dir")}
+    differ = {name for name in ran.keys() - folders if shown[name] != ran[name]}
+    assert differ <= {"disable_tqdm", "guard_heldout_evaluations"}
 
 
 def test_the_plain_loop_imports_no_trl_and_stays_short():

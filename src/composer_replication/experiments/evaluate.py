@@ -184,7 +184,7 @@ def _outcome(episode: Episode, row: int) -> EpisodeOutcome:
     return EpisodeOutcome(
         row=row,
         reward=episode.reward,
-        error_kinds=tuple(site.error_kind for site in episode.hint_sites),
+        error_kinds=tuple(episode.error_kinds),
         num_actions=sum(turn.role == "assistant" for turn in turns),
         num_tokens=sum(episode.env_mask),
         turns=tuple({"role": turn.role, "content": turn.content} for turn in turns),

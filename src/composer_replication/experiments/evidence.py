@@ -83,7 +83,7 @@ def run_evidence(
     settings = settings or SETTINGS[run.task]
     arm = ARMS[run.arm]
     train = training_rows(run, settings)
-    heldout = _rows(run, "heldout", settings.num_heldout, settings)
+    heldout = heldout_rows(run, settings)
     folder = runs_dir / run.key
     _write_data(folder / "data", run, train)
     config = run_config(run, settings, str(folder / "data"))
@@ -138,10 +138,19 @@ def _tools(drift_seed: int, num_tools: int | None) -> list[str]:
     return [*covered[:half], *others[-half:]]
 
 
-def training_rows(run: EvidenceRun, settings: TaskSettings) -> TaskRows:
-    """What a run trains on: the same for every arm."""
+def training_rows(run: EvidenceRun, settings: TaskSettings | None = None) -> TaskRows:
+    """What a run trains on: the same for every arm. None: the task's own settings."""
+    settings = settings or SETTINGS[run.task]
     rows = _rows(run, "train", settings.num_train, settings)
     return _with_old_convention(rows, run.task, settings)
+
+
+def heldout_rows(
+    run: EvidenceRun, settings: TaskSettings | None = None, *, num_prompts: int | None = None
+) -> TaskRows:
+    """What a run is measured on, before and after; None: as the task's settings say."""
+    settings = settings or SETTINGS[run.task]
+    return _rows(run, "heldout", num_prompts or settings.num_heldout, settings)
 
 
 def _rows(run: EvidenceRun, split: str, num_prompts: int, settings: TaskSettings) -> TaskRows:

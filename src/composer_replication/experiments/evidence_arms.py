@@ -20,6 +20,8 @@ SDPO = "alpha_sdpo"
 MAIN_ARMS = ("grpo", "sdpo", "dpo", "all")
 NUM_SEEDS_MAIN = 5
 NUM_SEEDS_CONTROL = 3
+FIRST_FRESH_SEED = 3
+"""Held-out prompts of earlier seeds had been looked at before the settings were changed last."""
 TASKS = ("api_drift", "call_format")
 
 

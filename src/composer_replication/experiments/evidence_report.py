@@ -1,4 +1,4 @@
-"""The evidence as tables: what every arm reached on held-out prompts, and which claims that bears.
+"""The evidence as tables: what every arm reached on held-out prompts.
 
 Results are read from one small file a run. Only results of today's settings are counted.
 """
@@ -24,12 +24,8 @@ Result = Mapping[str, Any]
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; more than these are
 # given the last, which is too wide rather than too narrow.
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-GRPO_AT_MOST = 0.10
-ALL_AT_LEAST = 0.90
-LEARNED = 0.50
-"""A rule counts as learned from this held-out success on."""
-FORGETTING_POINTS = 5.0
-TOKENS_SHARE = 0.25
+Interval = tuple[float, float, float]
+"""A mean with the lower and the upper end of its 95 % interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +52,18 @@ class Cell:
             for result in self.results
         ]
 
-    def rate(
-        self, decoding: str = "greedy", tools: Iterable[str] | None = None
-    ) -> tuple[float, float, float]:
-        """Success and its 95 % interval: over three seeds or more, else over the prompts."""
+    def rate(self, decoding: str = "greedy", tools: Iterable[str] | None = None) -> Interval:
+        """Success and its 95 % interval: over seeds where three or more differ, else over prompts.
+
+        Prompts of all seeds are pooled; equal seeds have no spread of their own to go by.
+        """
         by_seed = self.outcomes(decoding, tools)
         if not any(by_seed):
             return math.nan, math.nan, math.nan
         means = [sum(seed) / len(seed) for seed in by_seed]
-        if len(means) >= 3:
-            half = (
-                _T_95[min(len(means) - 2, len(_T_95) - 1)]
-                * statistics.stdev(means)
-                / math.sqrt(len(means))
-            )
-            middle = statistics.fmean(means)
-            return middle, max(0.0, middle - half), min(1.0, middle + half)
+        if len(means) >= 3 and len(set(means)) > 1:
+            middle, low, high = over_seeds(means)
+            return middle, max(0.0, low), min(1.0, high)
         pooled = proportion([outcome for seed in by_seed for outcome in seed])
         return pooled.rate, pooled.low, pooled.high
 
@@ -80,6 +72,14 @@ class Cell:
         values = [_at(result, keys) for result in self.results]
         known = [float(value) for value in values if value is not None]
         return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """The mean of two seeds' values or more, with Student's interval."""
+    half = _T_95[min(len(values) - 2, len(_T_95) - 1)] * statistics.stdev(values)
+    half /= math.sqrt(len(values))
+    middle = statistics.fmean(values)
+    return middle, middle - half, middle + half
 
 
 def load_cells(folder: Path) -> tuple[list[Cell], list[str]]:
@@ -124,8 +124,8 @@ def table(cells: Sequence[Cell]) -> list[str]:
         row = [
             ARMS[cell.arm].title,
             str(len(cell.results)),
-            _interval(cell.rate()),
-            _interval(cell.rate("sampled")),
+            interval_text(cell.rate()),
+            interval_text(cell.rate("sampled")),
         ]
         if has_rules:
             covered = cell.results[0]["pair_tools"]
@@ -136,96 +136,6 @@ def table(cells: Sequence[Cell]) -> list[str]:
         row += [_count(cell.mean("generated_tokens"))]
         lines.append(f"| {' | '.join(row)} |")
     return lines
-
-
-def verdicts(cells: Sequence[Cell]) -> list[str]:
-    """Lines of a Markdown table: every claim of the issue, what was measured, whether it holds."""
-    found = {(cell.task, cell.arm): cell for cell in cells if cell.drift == 0}
-    lines = ["| claim | measured | holds |", "| --- | --- | --- |"]
-    for claim, measured, holds in (*_task_a(found), *_task_b(found)):
-        verdict = "not measured" if holds is None else "yes" if holds else "no"
-        lines.append(f"| {claim} | {measured} | {verdict} |")
-    return lines
-
-
-_Found = Mapping[tuple[str, str], Cell]
-_Claim = tuple[str, str, bool | None]
-
-
-def _task_a(found: _Found) -> list[_Claim]:
-    cells = {arm: found.get(("api_drift", arm)) for arm in ARMS}
-    claims = [
-        _bound(f"GRPO alone stays at or under {GRPO_AT_MOST:.0%}", cells["grpo"], GRPO_AT_MOST, -1),
-        _bound(f"three channels reach {ALL_AT_LEAST:.0%}", cells["all"], ALL_AT_LEAST, 1),
-    ]
-    sdpo = cells["sdpo"]
-    rate = None if sdpo is None else sdpo.rate(tools=_uncovered(sdpo))[0]
-    claims.append(
-        (
-            f"+SDPO learns rules that no pair covers ({LEARNED:.0%} of their prompts)",
-            _share(rate),
-            None if rate is None else rate >= LEARNED,
-        )
-    )
-    for arm, words in (("shuffled_hint", "shuffled"), ("wrong_hint", "wrong")):
-        claims.append(_bound(f"{words} hints do not teach", cells[arm], GRPO_AT_MOST, -1))
-    base, everything = cells["base"], cells["all"]
-    lost = None
-    if base is not None and everything is not None:
-        before = base.mean("forgetting", "old_convention")
-        after = everything.mean("forgetting", "old_convention")
-        lost = None if before is None or after is None else 100 * (before - after)
-    claims.append(
-        (
-            f"the old convention, when asked for, loses at most {FORGETTING_POINTS:.0f} points",
-            "" if lost is None else f"{lost:.0f} points",
-            None if lost is None else lost <= FORGETTING_POINTS,
-        )
-    )
-    return claims
-
-
-def _task_b(found: _Found) -> list[_Claim]:
-    grpo, everything = found.get(("call_format", "grpo")), found.get(("call_format", "all"))
-    share = None
-    if grpo is not None and everything is not None:
-        share = tokens_to_reach(everything, grpo)
-    measured = "" if grpo is None or everything is None else "never reached"
-    if share is not None:
-        measured = f"{share:.0%} of its tokens"
-    claim = f"task B: three channels reach GRPO's last score with {TOKENS_SHARE:.0%} of its tokens"
-    is_known = grpo is not None and everything is not None
-    return [(claim, measured, (share or math.inf) <= TOKENS_SHARE if is_known else None)]
-
-
-def tokens_to_reach(cell: Cell, other: Cell) -> float | None:
-    """Share of the other's sampled tokens at which `cell` first had the other's last score.
-
-    The mean over the seeds that both have; None where a seed never got there.
-    """
-    shares: list[float] = []
-    others = {result["seed"]: result for result in other.results}
-    for result in cell.results:
-        if result["seed"] not in others or not others[result["seed"]]["curve"]:
-            continue
-        last = others[result["seed"]]["curve"][-1]
-        reached = [p for p in result["curve"] if p["heldout_success"] >= last["heldout_success"]]
-        if not reached:
-            return None
-        shares.append(reached[0]["generated_tokens"] / last["generated_tokens"])
-    return statistics.fmean(shares) if shares else None
-
-
-def _bound(claim: str, cell: Cell | None, bound: float, sign: int) -> _Claim:
-    if cell is None:
-        return claim, "", None
-    rate = cell.rate()
-    return claim, _interval(rate), sign * rate[0] >= sign * bound
-
-
-def _uncovered(cell: Cell) -> set[str]:
-    covered = {tool for result in cell.results for tool in result["pair_tools"]}
-    return {tool for result in cell.results for tool in result["tools"]} - covered
 
 
 def _at(result: Result, keys: Sequence[str]) -> float | None:
@@ -245,7 +155,8 @@ def _change(cell: Cell, base: Cell | None, *keys: str) -> str:
     return f"{value:.2f} ({value - before:+.2f})"
 
 
-def _interval(rate: tuple[float, float, float]) -> str:
+def interval_text(rate: Interval) -> str:
+    """A rate and its interval in percent."""
     return f"{rate[0]:.0%} ({rate[1]:.0%} to {rate[2]:.0%})"
 
 

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import cast
@@ -36,7 +35,6 @@ from composer_replication.experiments.run_data import (
 from composer_replication.runs.run_directory import RunDirectory
 from composer_replication.step.channels import CHANNELS
 from composer_replication.step.optimizer_step import find_channel
-from composer_replication.training.checked_environment import CheckedEnvironment
 from composer_replication.training.composer_config import ComposerConfig
 from composer_replication.training.model_source import (
     LoadedModel,
@@ -323,7 +321,7 @@ def _rollouts_and_reward(
         assert parts.reward is not None
         return None, parts.reward
     rollouts = EnvironmentRollouts(
-        partial(CheckedEnvironment, parts.environment),
+        parts.environment,
         parts.data.prompts,
         max_turns=config.rollout.max_turns,
         max_action_tokens=config.rollout.max_action_tokens,

@@ -43,6 +43,8 @@ class Episode:
     logps: list[float] = field(default_factory=list[float])
     """The sampler's, 0 where the environment wrote; left empty where it gives none."""
     hint_sites: list[HintSite] = field(default_factory=list[HintSite])
+    error_kinds: list[str] = field(default_factory=list[str])
+    """Of each action that the environment refused; an empty one is no hint site."""
     num_prompt_messages: int = 0
     is_done: bool = False
     failure: Failure | None = None
@@ -90,9 +92,11 @@ class Limits:
 
 def take_turn(episode: Episode, action: SampledAction, text: str, observation: Observation) -> None:
     """Record a sampled action; an error turn becomes a hint site with the exact ids."""
-    # An empty action has no token to score.
-    if observation.error is not None and action.ids:
-        episode.hint_sites.append(_hint_site(episode, text, action.ids, observation))
+    if observation.error is not None:
+        episode.error_kinds.append(observation.error.kind)
+        # An empty action has no token to score.
+        if action.ids:
+            episode.hint_sites.append(_hint_site(episode, text, action.ids, observation))
     episode.append(action.ids, action.logps, is_sampled=True)
     episode.messages.append(Message("assistant", text))
 

@@ -7,6 +7,7 @@ wrote (`env_mask`), and turns every error turn into a hint site.
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -19,6 +20,7 @@ from composer_replication.errors import ConfigError, DataError, RewardError
 from composer_replication.step.hidden_states import causal_lm
 from composer_replication.traces.trace import Message, messages_from
 from composer_replication.training.action_sampling import SampledAction, sample_actions
+from composer_replication.training.checked_environment import CheckedEnvironment
 from composer_replication.training.environment_pool import EnvironmentPool, Failure
 from composer_replication.training.rollout_episode import (
     Episode,
@@ -60,7 +62,7 @@ class EnvironmentRollouts:
 
         Args:
             environment: makes an instance with `reset(**row)`, `_step_text` and `get_reward`.
-            rows: of the training set: `prompt` and what `reset` takes.
+            rows: of the training set: `prompt` and what `reset` takes; equal prompts are one row.
             max_turns: actions an episode may take, at least 1.
             max_action_tokens: tokens one action may take, at least 1.
             step_timeout_s: seconds that an environment may take to answer one call.
@@ -68,21 +70,21 @@ class EnvironmentRollouts:
 
         Raises:
             ConfigError: an environment that cannot be driven by text.
+            DataError: two rows with one prompt that tell `reset` different things.
         """
         self._environment = environment
-        self._rows = {_prompt_key(cast(Prompt, row["prompt"])): row for row in rows}
+        self._rows = _by_prompt(rows)
         self.max_turns = max_turns
         self.max_action_tokens = max_action_tokens
         self._pool = EnvironmentPool(
-            cast(Callable[[], TextEnvironment], environment),
+            cast(Callable[[], TextEnvironment], partial(CheckedEnvironment, environment)),
             timeout_s=step_timeout_s,
             max_concurrency=max_concurrency,
         )
-        (problem,) = self._pool.run([(0, _lack_of)])
-        if isinstance(problem, Failure):
-            raise problem.error
-        if problem:
-            raise ConfigError(problem)
+        # Making one is the check.
+        (made,) = self._pool.run([(0, lambda environment: environment)])
+        if isinstance(made, Failure):
+            raise made.error
 
     def fresh(self) -> "EnvironmentRollouts":
         """The same task in environments of its own, for rollouts beside a run's."""
@@ -228,15 +230,18 @@ class EnvironmentRollouts:
             raise _total_failure(failures)
 
 
-def _lack_of(environment: object) -> str:
-    """What an environment lacks, as an error's text; empty where it lacks nothing."""
-    if isinstance(environment, TextEnvironment):
-        return ""
-    return (
-        f"{type(environment).__name__} lacks reset, _step_text or get_reward, so this rollout "
-        "loop cannot drive it. Implement environments.protocol.TextEnvironment, or pass it "
-        "to TRL as environment_factory with a model whose template has tool calls."
-    )
+def _by_prompt(rows: Iterable[Mapping[str, object]]) -> dict[str, Mapping[str, object]]:
+    found: dict[str, Mapping[str, object]] = {}
+    for index, row in enumerate(rows):
+        other = found.setdefault(_prompt_key(cast(Prompt, row["prompt"])), row)
+        if other != row:
+            differ = [k for k in {**other, **row} if other.get(k) != row.get(k)]
+            raise DataError(
+                f"Row {index} has the prompt of an earlier row and another {differ[0]!r}. TRL "
+                "hands over the prompt alone, so nothing says which of the two to play. Give every "
+                "row a prompt of its own."
+            )
+    return found
 
 
 def _reset_with(row: Mapping[str, object]) -> Callable[[TextEnvironment], str | None]:

@@ -6,14 +6,13 @@ import math
 import pytest
 
 from composer_replication.experiments.evidence_arms import ARMS, SETTINGS, fingerprint
+from composer_replication.experiments.evidence_claims import claims_table, tokens_to_reach
 from composer_replication.experiments.evidence_report import (
     Cell,
     finished,
     load_cells,
     rule_table,
     table,
-    tokens_to_reach,
-    verdicts,
 )
 
 TOOLS = ["read", "list", "read", "list"]
@@ -46,12 +45,18 @@ def cell(arm, *results):
     return Cell(results[0]["task"], 0, arm, results)
 
 
-def judged(*results):
+def claims(*results):
+    """Words of each claim -> its other columns: measured, seeds, holds, fresh seeds."""
     groups = {}
     for one in results:
         groups.setdefault((one["task"], one["arm"]), []).append(one)
-    lines = verdicts([cell(arm, *group) for (_, arm), group in groups.items()])
-    return {line.split(" | ")[0].strip("| "): line.split(" | ")[2].strip(" |") for line in lines}
+    lines = claims_table([cell(arm, *group) for (_, arm), group in groups.items()])
+    rows = [[column.strip() for column in line.strip("|").split("|")] for line in lines[2:]]
+    return {words: columns for words, *columns in rows}
+
+
+def judged(*results):
+    return {words: columns[2] for words, columns in claims(*results).items()}
 
 
 def test_one_seed_has_wilsons_interval_over_prompts():
@@ -90,34 +95,83 @@ def test_results_of_other_settings_are_left_out_and_named(tmp_path):
 
 
 def test_a_claim_without_results_is_not_measured():
-    assert set(judged(result("base", (0, 0, 0, 0))).values()) == {"holds", "---", "not measured"}
+    assert set(judged(result("base", (0, 0, 0, 0))).values()) == {"not measured"}
 
 
-def test_claims_hold_or_not_by_what_was_measured():
+MANY = {"tools": TOOLS * 10}
+
+
+def many(arm, outcomes, **changes):
+    """Forty prompts, so that an interval over them is narrow."""
+    return result(arm, list(outcomes) * 10, **MANY, **changes)
+
+
+OLD = "the old convention, when asked for, loses at most 5 points"
+UNCOVERED = "+SDPO learns rules that no pair covers (50% of their prompts)"
+
+
+def test_claims_hold_or_not_where_the_whole_interval_is_on_one_side():
     good = judged(
-        result("base", (0, 0, 0, 0), old=0.50),
-        result("grpo", (0, 0, 0, 0)),
-        result("sdpo", (0, 1, 0, 1)),
-        result("all", (1, 1, 1, 1), old=0.46),
-        result("shuffled_hint", (0, 0, 0, 0)),
-        result("wrong_hint", (1, 0, 0, 0)),
+        many("base", (0, 0, 0, 0), old=0.50),
+        many("base", (0, 0, 0, 0), old=0.51, seed=1),
+        many("grpo", (0, 0, 0, 0)),
+        many("sdpo", (0, 1, 0, 1)),
+        many("all", (1, 1, 1, 1), old=0.48),
+        many("all", (1, 1, 1, 1), old=0.49, seed=1),
+        many("shuffled_hint", (0, 0, 0, 0)),
+        many("wrong_hint", (1, 0, 0, 0)),
     )
     assert good["GRPO alone stays at or under 10%"] == "yes"
     assert good["three channels reach 90%"] == "yes"
-    assert good["+SDPO learns rules that no pair covers (50% of their prompts)"] == "yes"
+    assert good[UNCOVERED] == "yes"
     assert good["shuffled hints do not teach"] == "yes"
     assert good["wrong hints do not teach"] == "no"
-    assert good["the old convention, when asked for, loses at most 5 points"] == "yes"
+    assert good[OLD] == "yes"  # 2 points in each seed
     bad = judged(
-        result("base", (0, 0, 0, 0), old=0.50),
-        result("grpo", (1, 0, 0, 0)),
-        result("sdpo", (1, 0, 1, 0)),
-        result("all", (1, 1, 1, 0), old=0.44),
+        many("base", (0, 0, 0, 0), old=0.50),
+        many("base", (0, 0, 0, 0), old=0.51, seed=1),
+        many("grpo", (1, 0, 0, 0)),
+        many("sdpo", (1, 0, 1, 0)),
+        many("all", (1, 1, 1, 0), old=0.40),
+        many("all", (1, 1, 1, 0), old=0.41, seed=1),
     )
     assert bad["GRPO alone stays at or under 10%"] == "no"
     assert bad["three channels reach 90%"] == "no"
-    assert bad["+SDPO learns rules that no pair covers (50% of their prompts)"] == "no"
-    assert bad["the old convention, when asked for, loses at most 5 points"] == "no"
+    assert bad[UNCOVERED] == "no"
+    assert bad[OLD] == "no"
+
+
+def test_a_bound_inside_the_interval_leaves_a_claim_to_the_mean_and_says_so():
+    few = judged(
+        result("base", (0, 0, 0, 0), old=0.50),
+        result("all", (1, 1, 1, 1), old=0.47),
+        result("grpo", (1, 0, 0, 0)),
+    )
+    assert few["three channels reach 90%"] == "by its mean"
+    assert few["GRPO alone stays at or under 10%"] == "not by its mean"
+    assert few[OLD] == "by its mean"  # one seed, 3 points: nothing is known of others
+
+
+def test_the_old_convention_is_compared_seed_by_seed():
+    rows = [result("base", (0, 0, 0, 0), seed=s, old=o) for s, o in enumerate([0.9, 0.5, 0.7])]
+    rows += [result("all", seed=s, old=o) for s, o in enumerate([0.8, 0.4, 0.6])]
+    rows += [result("all", seed=3, old=0.0)]  # its base is not measured
+    # Means over seeds would lose 0.70 - 0.45 = 25 points.
+    assert claims(*rows)[OLD][:2] == ["10 points (10 to 10)", "3"]
+
+
+def test_seeds_from_before_the_last_settings_are_not_among_the_fresh_ones():
+    rows = [result("grpo", (1, 1, 1, 1), seed=s) for s in range(3)]
+    rows += [result("grpo", (0, 0, 0, 0), seed=s) for s in (3, 4)]
+    columns = claims(*rows)["GRPO alone stays at or under 10%"]
+    assert columns[1] == "5"
+    assert columns[3] == "0% (0% to 32%), 2"  # Wilson at 0 of 8
+
+
+def test_equal_seeds_have_the_interval_of_all_their_prompts():
+    same = cell("grpo", *[result("grpo", (0, 0, 0, 0), seed=s) for s in range(3)])
+    # Wilson at 0 of 12: 3.8415 / 15.8415.
+    assert same.rate() == pytest.approx((0.0, 0.0, 0.2425), abs=1e-4)
 
 
 def test_tokens_are_counted_to_the_first_point_that_has_the_others_last_score():
@@ -125,9 +179,18 @@ def test_tokens_are_counted_to_the_first_point_that_has_the_others_last_score():
     early = cell("all", result("all", (1, 1, 1, 1), task="call_format"))
     late = cell("all", result("all", (0, 1, 1, 1), task="call_format"))
     never = cell("all", result("all", (0, 0, 0, 0), task="call_format"))
-    assert tokens_to_reach(early, grpo) == 0.25
-    assert tokens_to_reach(late, grpo) == 1.0
-    assert tokens_to_reach(never, grpo) is None
+    assert tokens_to_reach(early, grpo) == [0.25]
+    assert tokens_to_reach(late, grpo) == [1.0]
+    assert tokens_to_reach(never, grpo) == [math.inf]
+
+
+def test_a_seed_that_never_reaches_the_score_fails_the_claim_on_tokens():
+    grpo = [result("grpo", (0, 0, 0, 1), task="call_format", seed=s) for s in range(2)]
+    reach = [result("all", (1, 1, 1, 1), task="call_format", seed=s) for s in range(2)]
+    words = "task B: three channels reach GRPO's last score with 25% of its tokens"
+    assert claims(*grpo, *reach)[words][:3] == ["25%, 25% (by seed)", "2", "yes"]
+    reach[1] = result("all", (0, 0, 0, 0), task="call_format", seed=1)
+    assert claims(*grpo, *reach)[words][:3] == ["25%, never (by seed)", "2", "not by its mean"]
 
 
 def test_the_table_shows_seeds_intervals_covered_rules_and_the_change_from_the_base():

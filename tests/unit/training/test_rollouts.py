@@ -8,8 +8,10 @@ from datasets import Dataset
 from composer_replication import ComposerConfig, ComposerReplicationTrainer, EnvironmentRollouts
 from composer_replication.batch.render import render_next_turn, render_state
 from composer_replication.environments.protocol import Observation, ToolError
-from composer_replication.errors import ConfigError, DataError
+from composer_replication.errors import ConfigError, DataError, RewardError
 from composer_replication.traces.trace import Message, messages_from
+from composer_replication.training.action_sampling import SampledAction
+from composer_replication.training.rollout_episode import Limits
 from composer_replication.training.rollouts import _prompt_key
 
 ROWS = [
@@ -163,6 +165,40 @@ def test_a_prompt_that_the_environment_was_not_given_is_named(played):
 def test_an_environment_without_a_text_action_is_refused_before_any_rollout():
     with pytest.raises(ConfigError, match="lacks reset, _step_text or get_reward"):
         EnvironmentRollouts(object, ROWS)
+
+
+def test_rows_that_a_prompt_cannot_tell_apart_are_refused():
+    same = [ROWS[0], {**ROWS[0], "goal": "another"}]
+    with pytest.raises(
+        DataError, match="Row 1 has the prompt of an earlier row and another 'goal'"
+    ):
+        EnvironmentRollouts(AlwaysWrong, same)
+    EnvironmentRollouts(AlwaysWrong, [ROWS[0], dict(ROWS[0])])  # one row, twice
+
+
+def test_an_answer_that_is_no_observation_is_told_by_name(smollm2_tokenizer):
+    class AnswersText(AlwaysWrong):
+        def _step_text(self, action):
+            return "fine"
+
+    rollouts = EnvironmentRollouts(AnswersText, ROWS)
+
+    def act(contexts, num_tokens):
+        return [SampledAction([5], None) for _ in contexts]
+
+    with pytest.raises(RewardError, match=r"AnswersText\._step_text returned 'fine'"):
+        rollouts.play([ROWS[0]["prompt"]], smollm2_tokenizer, act, Limits(8, 64, None))
+
+
+def test_a_refused_empty_action_is_an_error_and_no_hint_site(smollm2_tokenizer):
+    def act(contexts, num_tokens):
+        return [SampledAction([], None) for _ in contexts]
+
+    (episode,) = EnvironmentRollouts(AlwaysWrong, ROWS).play(
+        [ROWS[0]["prompt"]], smollm2_tokenizer, act, Limits(8, 64, None)
+    )
+    assert episode.error_kinds == ["bad_key", "bad_key"]
+    assert episode.hint_sites == []
 
 
 def test_generation_settings_are_put_back_after_a_rollout(played):
