@@ -26,11 +26,14 @@ from composer_replication.experiments.evidence import heldout_rows, training_row
 from composer_replication.experiments.evidence_arms import EvidenceRun
 from composer_replication.experiments.heldout_evaluation import HeldoutEvaluation
 from composer_replication.experiments.proportions import paired_change
+from composer_replication.experiments.quiet_libraries import quiet_libraries, without_printed_logs
 from composer_replication.experiments.task_rows import TaskRows
+from composer_replication.training.metrics import StepMetricsCallback
 from composer_replication.training.model_source import LoadedModel, load_model
 from composer_replication.training.rewards import environment_reward
 
 TASK = "api_drift"
+Row = Mapping[str, Any]
 
 
 def trainer_config(channels: Sequence[str], out: Path, seed: int, steps: int) -> ComposerConfig:
@@ -65,6 +68,7 @@ def trainer_config(channels: Sequence[str], out: Path, seed: int, steps: int) ->
         save_strategy="no",
         report_to="none",
         logging_steps=1,
+        disable_tqdm=True,
     )
 
 
@@ -89,9 +93,7 @@ def measure(loaded: LoadedModel, heldout: TaskRows) -> EvaluationResult:
     return evaluate(loaded.model, loaded.tokenizer, TASK, heldout.prompts, decoding="greedy")
 
 
-def plot(
-    points: Sequence[Mapping[str, Any]], logs: Sequence[Mapping[str, float]], path: Path
-) -> None:
+def plot(points: Sequence[Row], steps: Sequence[Row], path: Path) -> None:
     """Held-out success between steps, and the reward of each step's rollouts."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="task A", ylim=(-0.03, 1.03))
@@ -101,12 +103,20 @@ def plot(
         "o-",
         label="held-out success",
     )
-    rewards = [(log["step"], log["reward"]) for log in logs if "reward" in log]
-    axes.plot(*zip(*rewards, strict=True), "--", label="training reward")
+    axes.plot(
+        [row["step"] for row in steps], [row["reward"] for row in steps], "--", label="reward"
+    )
     axes.legend(frameon=False)
     figure.savefig(path)
 
 
+def show(row: Row) -> None:
+    """A line a step: the mean reward of its rollouts, and the loss of each channel that is on."""
+    losses = [f"{name} {row[name]:.3f}" for name in ("loss/sdpo", "loss/dpo") if row.get(name)]
+    print(f"step {row['step']:2}  reward {row['reward']:.2f}", *losses, sep="  ")
+
+
+@quiet_libraries()
 def main() -> None:
     """Measure the base, train, measure again."""
     parser = argparse.ArgumentParser(
@@ -130,7 +140,8 @@ def main() -> None:
 
     config = trainer_config(channels, args.out, args.seed, args.steps)
     trainer = make_trainer(loaded, train, config)
-    points: list[Mapping[str, object]] = []
+    points: list[Row] = []
+    steps: list[Row] = []
     curve = HeldoutEvaluation(
         EvaluationData("held-out", TASK, heldout.prompts[:16], []),
         loaded.tokenizer,
@@ -140,11 +151,15 @@ def main() -> None:
         say=print,
     )
     trainer.add_callback(curve)
+    trainer.add_callback(
+        StepMetricsCallback(trainer.args.device, lambda row: steps.append(row), show)
+    )
+    without_printed_logs(trainer)
     trainer.train()
 
     after = measure(loaded, heldout)
     trainer.save_model(str(args.out / "model"))
-    plot(points, trainer.state.log_history, args.out / "curve.svg")
+    plot(points, steps, args.out / "curve.svg")
 
     change = paired_change(before.outcomes(), after.outcomes())
     print(f"held-out requests answered right: {before.success.rate:.0%} -> ", end="")
