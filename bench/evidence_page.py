@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
+from composer_replication.environments.api_drift_rules import drift_from_seed
 from composer_replication.experiments.evidence_arms import (
     ARMS,
     NUM_SEEDS_CONTROL,
@@ -66,9 +67,10 @@ LIMITS = """## What this can and cannot show
   new. Nothing of everyday replies is in training; their loss says what else was lost.
 - At T = 1 this model writes prose or code at most prompts (2 nats a token): in one trial of other
   settings (log.md) 8 % were right after training. Greedy figures are what a user of it would see.
-- Task A is measured on one drift, in one turn: of four of its eight tools the first call has to
-  be right. `edit`, which reads first, `write`, which wants an absolute path, and `move` are not
-  among them, so that nothing here is about rules that take several turns.
+- The settings were found on one drift, whose four tools want their first call right. Other drifts
+  are below its table, one seed each and nothing tuned for them. A rule that takes a second turn
+  (`read_first`) was not learned there: rollouts came to call `read` first, but `read` has a rule of
+  its own in that drift, and is not among the four tools.
 - GRPO + SDPO learns three of the four rules, and in no seed the fourth, a flag that `delete` wants
   added: every one of its failures there is the missing flag. Pairs teach it. So both channels are
   needed here, as the task was built to ask.
@@ -105,7 +107,8 @@ def page(results: Path) -> str:
             lines += [f"![held-out success]({plot_name(task)})", ""]
         for drift in sorted({c.drift for c in cells if c.task == task and c.drift}):
             other = [cell for cell in cells if cell.task == task and cell.drift == drift]
-            lines += [f"Drift {drift}:", "", *table(other), ""]
+            lines += [f"### Another drift: {drift}", "", _rules(drift, other), ""]
+            lines += [*table(other), "", *_by_tool(other)]
     lines += ["## Arms", "", "| arm | differs from GRPO + SDPO + DPO in |", "| --- | --- |"]
     lines += [f"| {arm.title} | {_difference(name)} |" for name, arm in ARMS.items()]
     lines += ["", LIMITS]
@@ -218,6 +221,24 @@ def _train_seconds(cells: list[Cell]) -> list[str]:
 def _by_tool(cells: list[Cell]) -> list[str]:
     rules = rule_table(cells)
     return ["Greedy, by the tool of the prompt:", "", *rules, ""] if rules else []
+
+
+def _rules(drift: int, cells: list[Cell]) -> str:
+    """What each tool of the prompts wants under that drift."""
+    tools = {tool for cell in cells for result in cell.results for tool in result["tools"]}
+    words = {
+        "renamed_key": "`{old}` became `{new}`",
+        "required_flag": "`{new}` has to be set",
+        "changed_value": "`{old}` became `{new}`",
+        "absolute_path": "paths begin with /",
+        "read_first": "the file has to be read first, which takes a second turn",
+    }
+    rules = [
+        f"`{rule.tool}`: {words[rule.kind].format(old=rule.old, new=rule.new)}"
+        for rule in drift_from_seed(drift).rules
+        if rule.tool in tools
+    ]
+    return f"The settings as they are, no trial before. {'; '.join(rules)}."
 
 
 def _tools_sentence(num_tools: int | None) -> str:
