@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from composer_replication.runs.step_rows import without_measurements
+
 RESULTS = Path(__file__).parent / "results" / "kill_resume.json"
 
 CONFIG = """
@@ -63,8 +65,6 @@ for line in sys.stdin:
     _, status = os.waitpid(child, 0)
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
-
-VOLATILE = {"peak_gib", "cost_usd"}
 
 
 class EvenLetters:
@@ -173,22 +173,13 @@ def results_of(run: Path) -> dict[str, object]:
     }
     summary = json.loads((run / "summary.json").read_text())
     return {
-        "metrics": [without_volatile(row) for row in rows],
+        "metrics": [without_measurements(row) for row in rows],
         "rollouts": {p.name: p.read_text() for p in sorted((run / "rollouts").iterdir())},
         "tensors": {name: tensor.numpy().tobytes() for name, tensor in tensors.items()},
         "positions": json.loads((last / "composer_state.json").read_text()),
         "summary": {k: summary[k] for k in ("status", "checks", "steps", "channels")},
         # How long a step took decides whether the plan missed.
         "notes": [note for note in summary["notes"] if not note.startswith("The plan missed")],
-    }
-
-
-def without_volatile(row: dict[str, object]) -> dict[str, object]:
-    """A metrics row without times and memory."""
-    return {
-        name: value
-        for name, value in row.items()
-        if name not in VOLATILE and not name.endswith(("_s", "step_time"))
     }
 
 

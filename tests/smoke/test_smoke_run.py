@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from composer_replication.cli import main
+from composer_replication.runs.step_rows import without_measurements
 from composer_replication.training.trl_hooks import GRPOTrainer
 
 TASK = [
@@ -20,8 +21,6 @@ TASK = [
     "--set", "rollout.max_action_tokens=8",
 ]  # fmt: skip
 
-TIMES = ("step_s", "step_time", "rollout_s", "peak_gib")
-
 
 def smoke(model, out, *options):
     return main(["smoke", "--model", str(model), "--out", str(out), *TASK, *options])
@@ -31,8 +30,8 @@ def rows_of(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def without_times(rows):
-    return [{name: v for name, v in row.items() if name not in TIMES} for row in rows]
+def results_of(out):
+    return [without_measurements(row) for row in rows_of(out)]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +105,7 @@ def test_the_saved_model_loads_as_it_is_and_has_moved(finished, tiny_model_dir):
 def test_rerunning_the_resolved_configuration_gives_the_same_numbers(finished, tmp_path):
     code = main(["smoke", str(finished[1] / "config.toml"), "--out", str(tmp_path / "again")])
     assert code == 0
-    assert without_times(rows_of(tmp_path / "again")) == without_times(rows_of(finished[1]))
+    assert results_of(tmp_path / "again") == results_of(finished[1])
 
 
 def test_json_prints_the_summary_and_nothing_else_on_stdout(tiny_model_dir, tmp_path, capsys):
@@ -174,7 +173,7 @@ def test_the_checks_leave_the_run_as_it_is_without_them(finished, tiny_model_dir
     config = finished[1] / "config.toml"
     options = ("--out", str(tmp_path / "train"), "--set", "grpo.max_steps=3")
     assert main(["train", str(config), *options, "--set", 'grpo.save_strategy="no"']) == 0
-    assert without_times(rows_of(tmp_path / "train")) == without_times(rows_of(finished[1]))
+    assert results_of(tmp_path / "train") == results_of(finished[1])
     for step in (1, 2, 3):
         name = f"rollouts/step_{step:06d}.jsonl"
         assert (tmp_path / "train" / name).read_text() == (finished[1] / name).read_text()
@@ -212,7 +211,7 @@ def test_training_resumes_and_the_rows_equal_an_uninterrupted_run(tiny_model_dir
     halfway = ["train", str(config), "--out", str(stopped), "--set", "grpo.max_steps=2"]
     assert main(halfway) == 0
     assert main(["train", str(config), "--out", str(stopped), "--resume"]) == 0
-    first, second = without_times(rows_of(whole)), without_times(rows_of(stopped))
+    first, second = results_of(whole), results_of(stopped)
     for row in (*first, *second):
         row.pop("epoch")
     assert second == first

@@ -27,6 +27,7 @@ from composer_replication.experiments.trainer_setup import (
 )
 from composer_replication.runs.checkpoint_folders import checkpoint_step
 from composer_replication.runs.run_directory import RunDirectory
+from composer_replication.runs.step_rows import is_measured
 from composer_replication.runs.summary import Check
 from composer_replication.training.metrics import MetricsRow, StepMetricsCallback
 from composer_replication.training.trainer import ComposerReplicationTrainer
@@ -38,7 +39,6 @@ SCRATCH_FOLDER = "resume_check"
 CUDA_SPREADS = 10
 """How many times the difference of two resumed steps the run may differ by."""
 CUDA_FLOOR = 1e-6
-_MEASURED = frozenset({"step_time", "peak_gib"})
 
 _REASONS = (
     ("learning_rate", "The scheduler's state was not restored."),
@@ -201,7 +201,7 @@ def _compare(end: EndOfRun, again: EndOfRun) -> _Differences:
         found["rollouts"], texts["rollouts"] = float("inf"), "other rollouts than the run's"
     for name in sorted(end.row.keys() | again.row.keys()):
         first, second = end.row.get(name), again.row.get(name)
-        distance = 0.0 if _is_measured(name) else _distance(first, second)
+        distance = 0.0 if is_measured(name) else _distance(first, second)
         if distance > 0:
             found[name], texts[name] = distance, f"{name} is {second} and was {first}"
     for name in end.weights.keys() | again.weights.keys():
@@ -209,10 +209,6 @@ def _compare(end: EndOfRun, again: EndOfRun) -> _Differences:
         if distance > 0:
             found[name], texts[name] = distance, f"{name} differs by {distance:.3g}"
     return _Differences(found, texts)
-
-
-def _is_measured(name: str) -> bool:
-    return name.endswith("_s") or name in _MEASURED
 
 
 def _distance(first: object, second: object) -> float:

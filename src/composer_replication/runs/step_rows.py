@@ -4,13 +4,18 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from composer_replication.errors import RunDirectoryError
 from composer_replication.runs.atomic_files import write_text_atomically
 from composer_replication.runs.json_text import to_json_text
 
 StepRow = dict[str, float | int | str | None]
+
+Value = TypeVar("Value")
+
+_MEASURED = frozenset({"step_time", "peak_gib", "cost_usd"})
+"""Beside whatever is in seconds."""
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:
@@ -28,6 +33,19 @@ def read_rows(path: Path) -> list[StepRow]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def is_measured(name: str) -> bool:
+    """Whether a figure of that name says how a run went and not what it computed.
+
+    Example: `is_measured("rollout_s")` -> True.
+    """
+    return name.endswith("_s") or name in _MEASURED
+
+
+def without_measurements(row: Mapping[str, Value]) -> dict[str, Value]:
+    """What a run repeats exactly when it is run again or goes on after a stop."""
+    return {name: value for name, value in row.items() if not is_measured(name)}
 
 
 def truncate_rows(path: Path, last_step: int) -> None:

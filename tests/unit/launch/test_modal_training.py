@@ -10,6 +10,7 @@ from fake_modal import fake_modal
 from remote_cli import cli, ledger_of
 
 from composer_replication.cli import main
+from composer_replication.runs.step_rows import without_measurements
 
 CONFIG = """
 name = "tiny"
@@ -46,15 +47,11 @@ def result_of(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
     return {
-        "rows": [
-            {name: value for name, value in row.items()
-             if not name.endswith(("_s", "step_time")) and name not in ("peak_gib", "cost_usd")}
-            for row in rows
-        ],
+        "rows": [without_measurements(row) for row in rows],
         "rollouts": {path.name: path.read_text() for path in (run / "rollouts").iterdir()},
         "model": (run / "model/model.safetensors").read_bytes(),
         "summary": {name: summary[name] for name in ("status", "checks", "steps", "channels")},
-    }  # fmt: skip
+    }
 
 
 def test_a_preempted_training_ends_as_one_at_the_desk(place):

@@ -9,8 +9,7 @@ from tiny_training import PAIRS, PROMPTS, SITES, run
 
 from composer_replication.errors import CheckpointError, DataError
 from composer_replication.runs.checkpoint_folders import checkpoint_defect, newest_checkpoint
-
-TIMES = ("step_time", "rollout_s")
+from composer_replication.runs.step_rows import without_measurements
 
 SAVE = {"save_strategy": "steps", "save_steps": 1, "hint_sites_per_step": 2, "pairs_per_step": 2}
 
@@ -55,10 +54,6 @@ def weights(trainer):
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
-def without_times(row):
-    return {name: value for name, value in row.items() if name not in TIMES}
-
-
 @pytest.mark.parametrize(("changes", "step"), CASES.values(), ids=CASES)
 def test_resuming_equals_not_having_stopped(build, tmp_path, changes, step):
     whole = build(**options_of(changes))
@@ -67,7 +62,7 @@ def test_resuming_equals_not_having_stopped(build, tmp_path, changes, step):
     again = build(**options_of(changes))
     again.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
     resumed = [row for row in again.state.log_history if "loss" in row]
-    assert [without_times(row) for row in resumed] == [without_times(row) for row in rows]
+    assert list(map(without_measurements, resumed)) == list(map(without_measurements, rows))
     expected, found = weights(whole), weights(again)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
