@@ -82,6 +82,10 @@ class UnreachableError(LaunchError):
     """Nobody answered, so that what runs there may go on or not; asking again tells."""
 
 
+class CallCancelledError(LaunchError):
+    """A remote call that somebody ended; what it had committed is kept."""
+
+
 class CheckpointError(ComposerError, RuntimeError):
     """A checkpoint that could not be written; those before it are whole."""
 

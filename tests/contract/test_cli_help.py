@@ -290,6 +290,8 @@ actions:
   fetch ID    bring its run directory home and settle what it cost
   resume ID   go on from its newest checkpoint, under the cap that it was launched with or --budget
 
+The id of a sweep on Modal stands for all of its members.
+
 examples:
   composer-replication runs list
   composer-replication runs resume first-3f2a1b --yes

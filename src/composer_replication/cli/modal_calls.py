@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, cast
 
 from composer_replication.cli.recorded_run import EXIT_CODES, RUNS_FOLDER
 from composer_replication.cli.verb import EXIT_FAILED, EXIT_STOPPED, Answer
-from composer_replication.errors import InputError, LaunchError, UnreachableError
+from composer_replication.errors import (
+    CallCancelledError,
+    InputError,
+    LaunchError,
+    UnreachableError,
+)
 
 if TYPE_CHECKING:
     from composer_replication.launch.function_spec import FunctionSpec
     from composer_replication.launch.job import Job
-    from composer_replication.launch.records import LaunchRecord
+    from composer_replication.launch.records import LaunchRecord, Status
 
 _HOUR_S = 3600.0
 
@@ -88,6 +93,7 @@ def carry_out_on_modal(
     modal_job.check_credentials()
     ledger.reserve(job.job_id, record.worst_usd, cap_usd=record.budget_usd)
     record.call_id, record.app_id, record.status = None, None, "launching"
+    note_sending(record)
     save_record(RUNS_FOLDER, record, job)
     say("contacting Modal ...")
     try:
@@ -106,9 +112,16 @@ def carry_out_on_modal(
                 result = result_of(record)
             except KeyboardInterrupt:
                 return _interrupted(record, say)
-    except BaseException:
+    except KeyboardInterrupt:
+        if record.call_id is not None:
+            return _interrupted(record, say)
+        end_orphan(record)
+        say(f"Ctrl-C while {job.job_id} was being started: nothing of it runs or is set aside.")
+        return _still_running(record), EXIT_STOPPED
+    except Exception:
         if record.call_id is None:
-            settle_not_started(record)
+            # An answer may have been lost of a call that has begun.
+            end_orphan(record)
         raise
     return finish(record, result, say)
 
@@ -138,7 +151,8 @@ def result_of(
     except LaunchError as error:
         # An input error is of who asks, such as credentials; the call may go on.
         if record.status == "running" and not isinstance(error, UnreachableError):
-            settle_without_result(record)
+            is_cancelled = isinstance(error, CallCancelledError)
+            settle_without_result(record, status="cancelled" if is_cancelled else "failed")
         raise
 
 
@@ -245,7 +259,7 @@ def _is_hour_over(unix_s: float) -> bool:
     return time.time() >= (unix_s // _HOUR_S + 1) * _HOUR_S
 
 
-def settle_not_started(record: "LaunchRecord") -> None:
+def _settle_not_started(record: "LaunchRecord") -> None:
     """Nothing ran: what was set aside is free again."""
     from composer_replication.launch.ledger import Ledger
     from composer_replication.launch.records import save_record
@@ -257,32 +271,41 @@ def settle_not_started(record: "LaunchRecord") -> None:
 
 
 def end_orphan(record: "LaunchRecord") -> None:
-    """End what a launcher left that was killed while it started a run.
+    """End what a launcher left that came to its end while it started a run.
 
     Whether its call had begun is not known, so its app is stopped and the time since counts.
+
+    Raises:
+        LaunchError: its app cannot be stopped; what it may cost stays set aside.
     """
     from composer_replication.launch import modal_job
 
     if record.app_id is None:
-        settle_not_started(record)
+        _settle_not_started(record)
         return
     modal_job.stop_app(record.app_id)
     settle_without_result(record)
 
 
-def settle_without_result(record: "LaunchRecord") -> None:
-    """A call that ended without a result has cost at most the time since it was launched."""
+def note_sending(record: "LaunchRecord") -> None:
+    """A new call begins now; what those before it cost stays counted, however it ends."""
+    record.sent_s, record.spent_before_usd = time.time(), record.cost_usd or 0.0
+
+
+def settle_without_result(record: "LaunchRecord", *, status: "Status" = "failed") -> None:
+    """A call that ended without a result has cost at most the time since it was sent."""
     from composer_replication.launch.ledger import Ledger
     from composer_replication.launch.records import save_record
 
     assert record.ledger is not None
-    since_s = max(time.time() - record.created_s, 0.0)
-    most_usd = since_s * record.usd_per_hour / _HOUR_S
+    sent_s = record.created_s if record.sent_s is None else record.sent_s
+    most_usd = max(time.time() - sent_s, 0.0) * record.usd_per_hour / _HOUR_S
     if record.worst_usd is not None:
         most_usd = min(most_usd, record.worst_usd)
-    record.status, record.cost_usd = "failed", most_usd
+    record.status, record.cost_usd = status, record.spent_before_usd + most_usd
+    # The accounts first: a launcher that dies here finds the call unsettled and settles it again.
+    Ledger(Path(record.ledger)).settle(record.job_id, "all", record.cost_usd)
     save_record(RUNS_FOLDER, record)
-    Ledger(Path(record.ledger)).settle(record.job_id, "all", most_usd)
 
 
 def _still_running(record: "LaunchRecord") -> str:
@@ -302,16 +325,16 @@ def wants_to_cancel(what: str) -> bool:
 def _interrupted(record: "LaunchRecord", say: Callable[[str], None]) -> Answer:
     """Ctrl-C: leave it running, or end it."""
     from composer_replication.launch import modal_job
-    from composer_replication.launch.records import save_record
 
     assert record.call_id is not None
     say(f"Ctrl-C. {record.job_id} is running and costs {record.usd_per_hour:.2f} USD an hour.")
     if wants_to_cancel("it"):
         modal_job.cancel(record.call_id)
-        settle_without_result(record)
-        record.status = "cancelled"
-        save_record(RUNS_FOLDER, record)
-        say(f"cancelled {record.job_id}; what it committed: composer-replication runs fetch ID")
+        settle_without_result(record, status="cancelled")
+        say(
+            f"cancelled {record.job_id}; what it committed: composer-replication runs fetch "
+            f"{record.job_id}"
+        )
     else:
         say(f"left running; its files: composer-replication runs fetch {record.job_id}")
     return _still_running(record), EXIT_STOPPED

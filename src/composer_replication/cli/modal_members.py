@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from composer_replication.cli.modal_calls import (
     finish,
+    note_sending,
     result_of,
     settle_without_result,
     wants_to_cancel,
@@ -18,7 +19,12 @@ from composer_replication.cli.modal_calls import (
 from composer_replication.cli.recorded_run import RUNS_FOLDER
 from composer_replication.cli.sweep_plan import SweepBill
 from composer_replication.cli.verb import EXIT_FAILED, EXIT_STOPPED
-from composer_replication.errors import BudgetError, ComposerError, UnreachableError
+from composer_replication.errors import (
+    BudgetError,
+    CallCancelledError,
+    ComposerError,
+    UnreachableError,
+)
 
 if TYPE_CHECKING:
     from composer_replication.experiments.sweep_grid import SweepMember
@@ -135,6 +141,7 @@ class ModalMembers:
         job = replace(job, deadline_s=self._deadline_s.setdefault(job.job_id, job.deadline_s))
         record.app_id, record.url = self._remote.app_id, self._remote.url
         record.call_id, record.status = None, "launching"
+        note_sending(record)
         save_record(RUNS_FOLDER, record, job)
         record.call_id, record.status = self._remote.spawn(job.to_payload()), "running"
         save_record(RUNS_FOLDER, record)
@@ -156,15 +163,17 @@ class ModalMembers:
             if isinstance(error, UnreachableError):
                 return EXIT_STOPPED if stops.is_set() else EXIT_FAILED
             _keep_log(record.call_id, log_path)
-            return EXIT_FAILED
+            # Whoever cancelled it does not want it to be paid for again.
+            return EXIT_STOPPED if isinstance(error, CallCancelledError) else EXIT_FAILED
         _keep_log(record.call_id, log_path)
         return finish(record, result, lambda _: None)[1]
 
     def _record(self, job: "Job", folder: Path, moved: Mapping[str, str]) -> "LaunchRecord":
         """The member's record; the call of a launcher that was killed is taken over."""
-        from composer_replication.launch.records import LaunchRecord, load_records
+        from composer_replication.launch.records import LaunchRecord, members_of
 
-        known = {record.job_id: record for record in load_records(RUNS_FOLDER)}
+        sweep_id = self._limits.job_id
+        known = {record.job_id: record for record in members_of(RUNS_FOLDER, sweep_id)}
         record = known.get(job.job_id)
         if record is not None and record.status == "running":
             return record
@@ -174,11 +183,13 @@ class ModalMembers:
             verb=job.verb,
             where="modal",
             folder=str(folder),
+            sweep=sweep_id,
             created_s=time.time() if record is None else record.created_s,
             gpu=job.gpu,
             usd_per_hour=candidate.usd_per_hour,
             expected_usd=candidate.expected_usd,
             worst_usd=candidate.worst_usd,
+            cost_usd=None if record is None else record.cost_usd,
             budget_usd=self._bill.budget_usd,
             ledger=str(self._ledger.path),
             moved=dict(moved),

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from composer_replication.cli.launched_job import end_orphans
 from composer_replication.cli.modal_calls import ask
 from composer_replication.cli.modal_members import ModalMembers
 from composer_replication.cli.modal_run import plan_on_modal, with_limits
+from composer_replication.cli.recorded_run import RUNS_FOLDER
 from composer_replication.cli.sweep_plan import (
     SweepBill,
     SweepPlan,
@@ -163,9 +165,11 @@ def modal_members(
         ComposerError: Modal refused, or cannot be reached.
     """
     from composer_replication.launch import modal_job
+    from composer_replication.launch.records import members_of
     from composer_replication.runs.atomic_files import write_text_atomically
 
     limits, spec = sweep_function(options, bill, sweep_folder, num_parallel)
+    end_orphans(members_of(RUNS_FOLDER, limits.job_id))
     write_text_atomically(sweep_folder / _SWEEP_ID_FILE, limits.job_id + "\n")
     ledger_path = options.ledger or sweep_folder / "ledger.json"
     with modal_job.launched(spec, shows_output=False) as remote:

@@ -1,37 +1,30 @@
 """`runs`: the jobs that were launched, and what can be done about each by its id."""
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from composer_replication.cli.modal_calls import (
-    ask,
-    bring_home_priced,
-    carry_out_on_modal,
-    end_orphan,
-    finish,
-    result_of,
-    settle_without_result,
-)
+from composer_replication.cli.launched_job import cancel_job, fetch_job, follow
+from composer_replication.cli.modal_calls import ask, carry_out_on_modal, end_orphan
 from composer_replication.cli.modal_run import budget_usd
 from composer_replication.cli.recorded_run import RUNS_FOLDER
 from composer_replication.cli.resumed_limits import with_other_limits
-from composer_replication.cli.verb import JSON, Answer, Argument, Option, Verb
-from composer_replication.errors import (
-    InputError,
-    LaunchError,
-    UnreachableError,
-    nearest,
+from composer_replication.cli.sweep_calls import (
+    SweepRow,
+    cancel_sweep,
+    fetch_sweep,
+    follow_sweep,
+    sweep_row,
+    to_json,
 )
+from composer_replication.cli.verb import JSON, Answer, Argument, Option, Verb
+from composer_replication.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from composer_replication.launch.records import LaunchRecord
-
-_ASK_S = 1.0
-"""How long a call's result is waited for that may not be there."""
 
 _ACTIONS = ("list", "logs", "cancel", "fetch", "resume")
 
@@ -43,6 +36,8 @@ actions:
   fetch ID    bring its run directory home and settle what it cost
   resume ID   go on from its newest checkpoint, under the cap that it was launched with or --budget
 
+The id of a sweep on Modal stands for all of its members.
+
 examples:
   composer-replication runs list
   composer-replication runs resume first-3f2a1b --yes
@@ -51,7 +46,7 @@ exit codes: 0 done, 1 failed, 2 your input"""
 
 
 def _runs(options: argparse.Namespace) -> Answer:
-    from composer_replication.launch.records import load_record
+    from composer_replication.launch.records import load_record, members_of
 
     if options.action not in _ACTIONS:
         raise InputError(
@@ -64,15 +59,32 @@ def _runs(options: argparse.Namespace) -> Answer:
             f"runs {options.action} needs the id of a job. "
             "Look it up with: composer-replication runs list"
         )
+    members = members_of(RUNS_FOLDER, options.job_id)
+    if members:
+        return _sweep(options, members)
     record = load_record(RUNS_FOLDER, options.job_id)
     actions = {"logs": _logs, "cancel": _cancel, "fetch": _fetch, "resume": _resume}
     return actions[options.action](options, record)
 
 
+def _sweep(options: argparse.Namespace, members: "list[LaunchRecord]") -> Answer:
+    """An action on a sweep as one."""
+    if options.action == "resume":
+        raise InputError(
+            f"{options.job_id} is a sweep: the command that started it goes on with --resume, and "
+            "runs again what is not done."
+        )
+    if options.action == "logs":
+        _print_all(options, follow_sweep(members))
+        return to_json(members), 0
+    act = cancel_sweep if options.action == "cancel" else fetch_sweep
+    return act(members, lambda text: _say(options, text))
+
+
 def _list(options: argparse.Namespace) -> Answer:
     from pathlib import Path
 
-    from composer_replication.launch.records import load_records, run_status
+    from composer_replication.launch.records import load_records, members_of, run_status
     from composer_replication.runs.json_text import to_json_text
 
     records = load_records(RUNS_FOLDER)
@@ -83,58 +95,61 @@ def _list(options: argparse.Namespace) -> Answer:
             status = run_status(Path(record.folder)) or status
         rows.append({**record.model_dump(by_alias=True, exclude={"schema_version"})})
         rows[-1]["status"] = status
-    known = {str(Path(record.folder).resolve()) for record in records}
+    names = dict.fromkeys(record.sweep for record in records if record.sweep is not None)
+    sweeps = [sweep_row(members_of(RUNS_FOLDER, name)) for name in names]
+    known = {str(Path(str(row["folder"])).resolve()) for row in [*rows, *sweeps]}
     for folder in sorted(RUNS_FOLDER.glob("*")):
         status = run_status(folder) if folder.is_dir() else None
         if status is not None and str(folder.resolve()) not in known:
             rows.append({"job_id": None, "where": "local", "folder": str(folder), "status": status})
     if not options.json:
-        for row in rows:
-            cost = row.get("cost_usd")
-            usd = "-" if cost is None else f"{cost:.4f}"
-            job_id = row["job_id"] or "-"
-            line = f"{row['status']!s:<10} {row['where']:<6} {job_id:<28} {usd:>8} {row['folder']}"
-            sys.stdout.write(line + "\n")
-        if not rows:
-            sys.stdout.write(f"{RUNS_FOLDER} holds no run.\n")
-    return to_json_text({"schema": 1, "runs": rows}, indent=2), 0
+        _print_list(rows, sweeps)
+    return to_json_text({"schema": 1, "runs": rows, "sweeps": sweeps}, indent=2), 0
 
 
-def _logs(_: argparse.Namespace, record: "LaunchRecord") -> Answer:
-    from composer_replication.launch import modal_job
+def _print_list(rows: Sequence[Mapping[str, object]], sweeps: Sequence[SweepRow]) -> None:
+    """A line each, a sweep's members below it."""
+    lines = [_line(row) for row in rows if row.get("sweep") is None]
+    for sweep in sweeps:
+        passed = f"{sweep['num_passed']} of {sweep['num_launched']} members passed"
+        folder = f"{sweep['folder']}  {passed}"
+        lines.append((sweep["status"], "modal", sweep["sweep"], sweep["cost_usd"], folder))
+        lines += [_line(row) for row in rows if row.get("sweep") == sweep["sweep"]]
+    width = max((len(line[2]) for line in lines), default=0)
+    for status, where, job_id, cost, folder in lines:
+        usd = f"{cost:.4f}" if isinstance(cost, float) else "-"
+        sys.stdout.write(f"{status!s:<10} {where:<6} {job_id:<{width}} {usd:>9} USD  {folder}\n")
+    if not rows:
+        sys.stdout.write(f"{RUNS_FOLDER} holds no run.\n")
+    if any(row["where"] == "modal" and row["status"] == "running" for row in rows):
+        sys.stdout.write(
+            "note    on modal `running` is as last known: composer-replication runs fetch ID asks\n"
+        )
 
-    if record.call_id is None:
+
+def _line(row: Mapping[str, object]) -> tuple[object, str, str, object, str]:
+    job_id = str(row["job_id"] or "-")
+    return row["status"], str(row["where"]), job_id, row.get("cost_usd"), str(row["folder"])
+
+
+def _logs(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
+    if record.where == "local":
         raise InputError(
             f"{record.job_id} ran on this machine and printed where it was started; its figures "
             f"are in {record.folder}/metrics.jsonl."
         )
-    for text in modal_job.stream_logs(record.call_id):
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    _print_all(options, follow(record))
     return _as_json(record), 0
 
 
 def _cancel(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
-    from composer_replication.launch import modal_job
     from composer_replication.launch.records import is_alive, save_record
 
-    if record.where == "local":
-        if record.pid is None or not is_alive(record.pid) or record.status != "running":
-            raise InputError(f"{record.job_id} is not running, so there is nothing to end.")
-        os.kill(record.pid, signal.SIGINT)
-    elif record.status == "launching":
-        end_orphan(record)
-    elif record.call_id is None or record.status != "running":
-        raise InputError(f"{record.job_id} is {record.status}, so there is nothing to end.")
-    else:
-        modal_job.check_credentials()
-        modal_job.check_reachable()
-        with contextlib.suppress(TimeoutError):
-            result = result_of(record, _ASK_S)
-            _say(options, f"{record.job_id} had ended before.")
-            return finish(record, result, lambda text: _say(options, text))
-        modal_job.cancel(record.call_id)
-        settle_without_result(record)
+    if record.where == "modal":
+        return cancel_job(record, lambda text: _say(options, text))
+    if record.pid is None or not is_alive(record.pid) or record.status != "running":
+        raise InputError(f"{record.job_id} is not running, so there is nothing to end.")
+    os.kill(record.pid, signal.SIGINT)
     record.status = "cancelled"
     save_record(RUNS_FOLDER, record)
     _say(options, f"cancelled {record.job_id}")
@@ -142,34 +157,9 @@ def _cancel(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
 
 
 def _fetch(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
-    from composer_replication.launch import modal_job
-
     if record.where == "local":
         raise InputError(f"{record.job_id} ran on this machine: its files are in {record.folder}.")
-    modal_job.check_credentials()
-    modal_job.check_reachable()
-    is_news = record.status == "running"
-    if record.call_id is not None and record.status != "cancelled":
-        try:
-            result = result_of(record, _ASK_S)
-        except TimeoutError:
-            raise LaunchError(
-                f"{record.job_id} is still running. Look at it with `composer-replication runs "
-                f"logs {record.job_id}`, or end it with `composer-replication runs cancel "
-                f"{record.job_id}`."
-            ) from None
-        except (UnreachableError, InputError):
-            raise
-        except LaunchError:
-            if is_news:
-                with contextlib.suppress(InputError):
-                    bring_home_priced(record)
-                raise
-        else:
-            return finish(record, result, lambda text: _say(options, text))
-    num_files = bring_home_priced(record)
-    _say(options, f"files   {num_files} in {record.folder}")
-    return _as_json(record), 0
+    return fetch_job(record, lambda text: _say(options, text))
 
 
 def _resume(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
@@ -213,6 +203,13 @@ def _resume(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
     return carry_out_on_modal(
         job, spec, record, detaches=False, say=lambda text: _say(options, text)
     )
+
+
+def _print_all(options: argparse.Namespace, texts: Iterable[str]) -> None:
+    stream = sys.stderr if options.json else sys.stdout
+    for text in texts:
+        stream.write(text)
+        stream.flush()
 
 
 def _say(options: argparse.Namespace, text: str) -> None:

@@ -26,7 +26,7 @@ from composer_replication.experiments.live_table import LiveTable
 from composer_replication.experiments.planned_run import plan_misses, write_planned
 from composer_replication.experiments.quiet_libraries import quiet_libraries, without_printed_logs
 from composer_replication.experiments.resume_check import EndOfRun, check_resume, end_of_run
-from composer_replication.experiments.run_phases import cold_start_s, download_s
+from composer_replication.experiments.run_phases import download_s
 from composer_replication.experiments.saved_model import save_model
 from composer_replication.experiments.smoke_checks import SmokeChecks, notes_on_checks
 from composer_replication.experiments.smoke_summary import (
@@ -42,6 +42,7 @@ from composer_replication.experiments.trainer_setup import (
     load_run_model,
     prepare,
 )
+from composer_replication.runs.process_age import cold_start_s
 from composer_replication.runs.run_directory import RunDirectory
 from composer_replication.runs.summary import Summary
 from composer_replication.training.metrics import StepMetricsCallback, peak_gib, reset_peak

@@ -33,6 +33,9 @@ from composer_replication.runs.atomic_files import write_text_atomically
 from composer_replication.runs.run_directory import RunDirectory, has_passed
 from composer_replication.runs.summary import Check, Summary
 
+_EXIT_STOPPED = 130
+"""Of a member that somebody ended."""
+
 REPORT_FILE = "sweep.json"
 PICTURE_FILE = "report.html"
 
@@ -124,7 +127,8 @@ def run_sweep(
             largest_first(waiting, lambda member: planned_s.get(member.name, 0.0)),
             lambda member, _: carrier.start(member, folders.member(member.name), stops),
             num_parallel=num_parallel,
-            has_passed=lambda exit_code: exit_code == 0,
+            # One that somebody ended is not started again.
+            has_passed=lambda exit_code: exit_code in (0, _EXIT_STOPPED),
             on_end=note,
             stops=stops,
             on_interrupt=carrier.ask_on_interrupt,
@@ -273,6 +277,8 @@ def _reason(result: MemberResult) -> str:
 def _ending(attempt: Attempt[SweepMember, int]) -> str:
     if attempt.outcome == 0:
         return "passed"
+    if attempt.outcome == _EXIT_STOPPED:
+        return "stopped"
     return "failed" if attempt.is_last else "retried"
 
 

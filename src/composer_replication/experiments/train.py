@@ -14,7 +14,7 @@ from composer_replication.experiments.live_table import LiveTable
 from composer_replication.experiments.planned_run import plan_misses, write_planned
 from composer_replication.experiments.quiet_libraries import quiet_libraries, without_printed_logs
 from composer_replication.experiments.run_figures import channel_checks, channel_figures, percentile
-from composer_replication.experiments.run_phases import cold_start_s, download_s
+from composer_replication.experiments.run_phases import download_s
 from composer_replication.experiments.saved_model import save_model
 from composer_replication.experiments.trainer_setup import (
     RunParts,
@@ -25,6 +25,7 @@ from composer_replication.experiments.trainer_setup import (
     prepare,
 )
 from composer_replication.runs.checkpoint_folders import checkpoint_step, newest_checkpoint
+from composer_replication.runs.process_age import cold_start_s
 from composer_replication.runs.run_directory import RunDirectory
 from composer_replication.runs.step_rows import StepRow
 from composer_replication.runs.summary import Summary

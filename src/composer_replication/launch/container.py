@@ -31,6 +31,10 @@ ATTEMPTS_FOLDER = ".attempts"
 """Beside the run directories: when each attempt was alive."""
 
 COMMIT_EVERY_S = 30.0
+LONGEST_COMMIT_S = 300.0
+"""No commit takes longer; a checkpoint of 7B with its optimizer is about 30 GB."""
+_ENDING_S = 1.0
+"""Between the body's return and the end of its container, which is billed until then."""
 GRACE_S = 15.0
 """Between asking a run to end and killing it; a preempted container has 30 s in all."""
 
@@ -42,29 +46,42 @@ _CGROUP_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
 @dataclass(slots=True)
 class _Attempts:
-    """The times of all attempts so far, kept in the volume; the last pair is this one."""
+    """When each attempt so far began and ended, kept in the volume; the last pair is this one.
+
+    One that is killed cannot say when, so that while it runs its end on disk is the time until
+    which it may live unseen: its next commit, begun and complete. So it counts at least its time.
+    One that dies before its first commit, within seconds, leaves nothing: it is in the bill alone.
+    """
 
     path: Path
     spans_s: list[list[float]]
 
     @classmethod
-    def begin(cls, path: Path, now_s: float) -> "_Attempts":
-        """Note a new attempt beside those before it; it has lasted 0 seconds."""
+    def begin(cls, path: Path, started_s: float) -> "_Attempts":
+        """Note a new attempt beside those before it."""
         spans = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        attempts = cls(path, [*spans, [now_s, now_s]])
-        attempts.touch(now_s)
+        attempts = cls(path, [*spans, [started_s, started_s]])
+        attempts.go_on(time.time())
         return attempts
 
-    def touch(self, now_s: float) -> None:
-        """This attempt is still alive; a volume without room keeps the older time."""
-        self.spans_s[-1][1] = now_s
+    def go_on(self, now_s: float) -> None:
+        """This attempt is alive, and says so again after its next commit."""
+        self._write(now_s + COMMIT_EVERY_S + LONGEST_COMMIT_S)
+
+    def end(self, now_s: float) -> None:
+        """This attempt ends."""
+        self._write(now_s + _ENDING_S)
+
+    def _write(self, end_s: float) -> None:
+        """A volume without room keeps the older end."""
+        self.spans_s[-1][1] = end_s
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomically(self.path, json.dumps(self.spans_s))
 
 
 def run_attempt(
-    payload: Mapping[str, object], *, runs: Path, commit: Callable[[], None]
+    payload: Mapping[str, object], *, runs: Path, commit: Callable[[], None], booted_s: float
 ) -> dict[str, object]:
     """Carry the job out, or go on with it, and say how it ended.
 
@@ -72,10 +89,12 @@ def run_attempt(
         payload: of a `Job`.
         runs: where the runs' volume is mounted.
         commit: makes what was written there survive this container.
+        booted_s: Unix time since which the container is held.
 
     Returns:
         `ending` (`exit`, `deadline`, `timeout`, `out_of_memory`, `volume_full`), `exit_code`,
-        `summary` and `attempts`, the Unix times between which each attempt was alive.
+        `summary` and `attempts`, the Unix times between which each attempt was alive; of one that
+        was killed, the latest at which it can have been.
 
     Raises:
         LaunchError: the run died of a signal; the platform tries again, and the run resumes.
@@ -84,7 +103,7 @@ def run_attempt(
     started_s = time.time()
     job = Job.from_payload(payload)
     folder = runs / job.job_id
-    attempts = _Attempts.begin(runs / ATTEMPTS_FOLDER / f"{job.job_id}.json", started_s)
+    attempts = _Attempts.begin(runs / ATTEMPTS_FOLDER / f"{job.job_id}.json", booted_s)
     if has_passed(folder):
         # The platform may give a job that was done to another container.
         return _result("exit", 0, folder, attempts)
@@ -105,7 +124,7 @@ def run_attempt(
             tick=watch.tick,
             grace_s=GRACE_S,
         )
-    attempts.touch(time.time())
+    attempts.end(time.time())
     commit()
     if ending.cause == "interrupt":
         raise KeyboardInterrupt
@@ -143,7 +162,7 @@ class _Watch:
         if seen == self._seen and now_s - self._committed_s < COMMIT_EVERY_S:
             return
         self._seen, self._committed_s = seen, now_s
-        self._attempts.touch(now_s)
+        self._attempts.go_on(now_s)
         self._commit()
 
     def _progress(self) -> list[Path]:
@@ -153,17 +172,24 @@ class _Watch:
 
 
 def ended_s(result: Mapping[str, object]) -> float:
-    """Unix time at which the last attempt was alive."""
+    """Unix time at which the last attempt ended."""
     return cast("list[list[float]]", result["attempts"])[-1][1]
 
 
 def held_s(result: Mapping[str, object]) -> float:
-    """Seconds that containers were held for the job, over all its attempts."""
+    """Seconds that containers were held for the job at most, over all its attempts.
+
+    Example: `held_s({"attempts": [[0.0, 340.0], [50.0, 60.0]]})` -> 60.0: killed before 50.
+    """
     spans = cast("list[list[float]]", result["attempts"])
-    return sum(end - start for start, end in spans)
+    # Attempts follow one another: what was killed had ended when the next one began.
+    next_s = [*(start for start, _ in spans[1:]), float("inf")]
+    return sum(min(end, later) - start for (start, end), later in zip(spans, next_s, strict=True))
 
 
 def _result(ending: str, exit_code: int, folder: Path, attempts: _Attempts) -> dict[str, object]:
+    # The last commit took its time too.
+    attempts.end(time.time())
     summary_path = folder / SUMMARY_FILE
     summary = (
         json.loads(summary_path.read_text(encoding="utf-8")) if summary_path.exists() else None

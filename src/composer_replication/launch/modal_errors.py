@@ -6,6 +6,7 @@ They are told apart by name, so that this module starts without Modal's client.
 import re
 
 from composer_replication.errors import (
+    CallCancelledError,
     ComposerError,
     InputError,
     LaunchError,
@@ -43,7 +44,7 @@ def explain_modal_error(error: Exception) -> ComposerError | None:
             "`--set modal.timeout_s=SECONDS` after that."
         )
     if names & {"InputCancellation", "FunctionCallCancelled"} or "cancel" in said.lower():
-        return LaunchError("The remote run was cancelled. What it had committed is kept.")
+        return CallCancelledError("The remote run was cancelled. What it had committed is kept.")
     if "RemoteError" in names and _MEMORY_WORDS.search(said):
         return out_of_memory()
     is_limit = _LIMIT_WORDS.search(said) is not None

@@ -40,6 +40,7 @@ from composer_replication.launch.modal_errors import (
     unreachable,
 )
 from composer_replication.runs.atomic_files import temporary_name
+from composer_replication.runs.process_age import cold_start_s
 
 PROBE_TIMEOUT_S = 5.0
 """The client itself gives up after about a minute."""
@@ -49,6 +50,9 @@ _NO_SOURCE = ("**/__pycache__", "**/*.pyc")
 
 _HOUR_S = 3600.0
 
+_LONGEST_BOOT_S = 120.0
+"""Of a container's process; a clock that says more is not believed, as it makes dollars."""
+
 _POLL_S = 2.0
 PATIENCE_S = 600.0
 """How long a network may be away while a run goes on."""
@@ -56,6 +60,7 @@ PATIENCE_S = 600.0
 
 def run_in_container(payload: dict[str, object]) -> dict[str, object]:
     """The remote body: one attempt at a job, its files committed to the volumes as it goes."""
+    booted_s = time.time() - min(cold_start_s() or 0.0, _LONGEST_BOOT_S)
     volumes = [modal.Volume.from_name(name) for name in (RUNS_VOLUME, CACHE_VOLUME)]
 
     def commit() -> None:
@@ -66,7 +71,8 @@ def run_in_container(payload: dict[str, object]) -> dict[str, object]:
                 # The platform also commits by itself; a run need not end over one that failed.
                 print(f"note  a volume was not committed: {error}", flush=True)  # noqa: T201
 
-    return run_attempt(payload, runs=Path(os.environ[RUNS_VARIABLE]), commit=commit)
+    runs = Path(os.environ[RUNS_VARIABLE])
+    return run_attempt(payload, runs=runs, commit=commit, booted_s=booted_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,8 +42,12 @@ class LaunchRecord(BaseModel):
     """Run directory here; of a remote job once it is fetched."""
     status: Status = "launching"
     """As last known."""
+    sweep: str | None = None
+    """Id of the sweep that it is a member of; null: none."""
     created_s: float
     """Unix time of the launch."""
+    sent_s: float | None = None
+    """Unix time at which the newest call was sent; null: none was."""
     pid: int | None = None
     """Of a local process."""
     app_id: str | None = None
@@ -62,6 +66,8 @@ class LaunchRecord(BaseModel):
     """Of every attempt."""
     cost_usd: float | None = None
     """What it cost; null until that is known."""
+    spent_before_usd: float = 0.0
+    """What the calls before the newest one cost."""
     budget_usd: float | None = None
     """The cap; null: none."""
     ledger: str | None = None
@@ -93,7 +99,9 @@ def load_record(runs: Path, job_id: str) -> LaunchRecord:
     """
     path = runs / RECORDS_FOLDER / f"{job_id}.json"
     if not path.is_file():
-        known = [record.job_id for record in load_records(runs)]
+        records = load_records(runs)
+        sweeps = {record.sweep for record in records if record.sweep is not None}
+        known = [*(record.job_id for record in records), *sweeps]
         hint = nearest(job_id, known) if known else f"{runs} has none: launch with --on."
         raise InputError(f"No launched job has the id {job_id!r}. {hint}")
     return _read(path)
@@ -112,6 +120,11 @@ def load_records(runs: Path) -> list[LaunchRecord]:
         with contextlib.suppress(RunDirectoryError):
             records.append(_read(path))
     return sorted(records, key=lambda record: record.created_s)
+
+
+def members_of(runs: Path, sweep_id: str) -> list[LaunchRecord]:
+    """The members of a sweep that were launched, the oldest first; none: no such sweep."""
+    return [record for record in load_records(runs) if record.sweep == sweep_id]
 
 
 def newest_record_of(runs: Path, folder: Path) -> LaunchRecord | None:

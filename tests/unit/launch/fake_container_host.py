@@ -23,6 +23,8 @@ from pathlib import Path
 from modal._serialization import deserialize_data_format, serialize_data_format
 from modal_proto import api_pb2 as pb
 
+from composer_replication.launch.function_spec import RUNS_PATH, RUNS_VOLUME
+
 RESULT = pb.GenericResult
 CONTAINER = Path(__file__).with_name("fake_container.py")
 
@@ -39,7 +41,8 @@ class Call:
     process: subprocess.Popen | None = None
     is_cancelled: bool = False
     num_containers: int = 0
-    billed_s: float = 0.0
+    billed_s: list[float] = field(default_factory=list)
+    """By container."""
 
 
 class ContainerHost:
@@ -52,6 +55,8 @@ class ContainerHost:
         self.blobs, self.inputs = {}, {}
         self.preemptions = []
         """Of the next containers: (rows of metrics that it has to see, seconds after them)."""
+        self.times_out_hanging = False
+        """Whether a run that hangs, with a checkpoint committed, has reached its time-out."""
 
     def definition(self):
         """The created function."""
@@ -114,10 +119,9 @@ class ContainerHost:
         reader = threading.Thread(target=_read, args=(call.process.stdout, call.lines))
         reader.start()
         try:
-            runs = Path(environment["COMPOSER_RUNS"])
-            end = _wait(call.process, home / "started", runs, preemption, definition.timeout_secs)
+            end = self._wait(call.process, home, preemption, definition.timeout_secs)
         finally:
-            call.billed_s += time.monotonic() - started_s
+            call.billed_s.append(time.monotonic() - started_s)
         if end is not None:
             kill(call.process)
             reader.join()
@@ -129,6 +133,29 @@ class ContainerHost:
         for mount in definition.volume_mounts:
             self.commit(home.name, mount.volume_id.removeprefix("vo-"))
         return (RESULT.GENERIC_STATUS_SUCCESS if is_ok else RESULT.GENERIC_STATUS_FAILURE), value
+
+    def _wait(self, process, home, preemption, timeout_s):
+        """What ended it from outside; a time-out counts from the body's start."""
+        runs = home / RUNS_PATH.lstrip("/")
+        body_s = due_s = None
+        while process.poll() is None:
+            now_s = time.monotonic()
+            if body_s is None and (home / "started").exists():
+                body_s = now_s
+            # By what the run has done, since how fast it is differs from machine to machine.
+            if due_s is None and preemption is not None and body_s is not None:
+                num_rows, and_s = preemption
+                due_s = now_s + and_s if _num_rows(runs) >= num_rows else None
+            if due_s is not None and now_s >= due_s:
+                return "preempted"
+            if body_s is not None and now_s - body_s >= timeout_s:
+                return "time-out"
+            if self.times_out_hanging and (home / "hanging").exists():
+                known = self._known(home.name, RUNS_VOLUME)
+                if "checkpoint-" in known.read_text():
+                    return "time-out"
+            time.sleep(0.01)
+        return None
 
     def _environment(self, definition, home, call):
         """The image's variables, its paths moved into the container's folder."""
@@ -175,26 +202,9 @@ class ContainerHost:
             "MODAL_TOKEN_ID": f"ak-{token}",
             "MODAL_TOKEN_SECRET": "as-x",
             "MODAL_CONFIG_PATH": "/nonexistent.toml",
+            # How long who detaches waits for the last output, of 10 s.
+            "MODAL_LOGS_TIMEOUT": "2",
         }
-
-
-def _wait(process, mark, runs, preemption, timeout_s):
-    """What ended it from outside; a time-out counts from the body's start, which sets the mark."""
-    body_s = due_s = None
-    while process.poll() is None:
-        now_s = time.monotonic()
-        if body_s is None and mark.exists():
-            body_s = now_s
-        # By what the run has done, since how fast it is differs from machine to machine.
-        if due_s is None and preemption is not None and body_s is not None:
-            num_rows, and_s = preemption
-            due_s = now_s + and_s if _num_rows(runs) >= num_rows else None
-        if due_s is not None and now_s >= due_s:
-            return "preempted"
-        if body_s is not None and now_s - body_s >= timeout_s:
-            return "time-out"
-        time.sleep(0.01)
-    return None
 
 
 def _num_rows(runs):

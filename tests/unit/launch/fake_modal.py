@@ -61,7 +61,9 @@ async def _logs(self, stream):
 
 
 async def _images(self, stream):
-    await stream.recv_message()
+    self.calls.append(("ImageJoinStreaming", await stream.recv_message()))
+    while self.builds_long:
+        await asyncio.sleep(0.05)
     metadata = pb.ImageMetadata(image_builder_version="2025.06")
     await stream.send_message(pb.ImageJoinStreamingResponse(result=OK, metadata=metadata))
 
@@ -120,7 +122,7 @@ def fake_modal(root, environment):
     platform = FakeModal(root, environment)
     files = ThreadingHTTPServer(("127.0.0.1", 0), _files(platform))
     platform.http = f"http://127.0.0.1:{files.server_address[1]}"
-    threading.Thread(target=files.serve_forever, daemon=True).start()
+    threading.Thread(target=files.serve_forever, args=(0.05,), daemon=True).start()
     is_up, stops = threading.Event(), threading.Event()
 
     async def serve():

@@ -23,8 +23,12 @@ class FakeModal(ContainerHost, api_grpc.ModalClientBase):
         """Options of the variants of a function that were asked for."""
         self.refusal = None
         """(RPC, status, text) that is refused."""
+        self.lost = set()
+        """RPCs that are carried out and whose answer does not arrive."""
         self.outage = {}
         """How often each RPC is not answered from now on."""
+        self.builds_long = False
+        """Whether images are never done."""
         self.bill = {}
         """USD by run_id, as the billing report gives them."""
 
@@ -41,7 +45,10 @@ class FakeModal(ContainerHost, api_grpc.ModalClientBase):
             raise GRPCError(Status.UNAVAILABLE, "the network is away")
         if handler is None:
             raise GRPCError(Status.UNIMPLEMENTED, name)
-        return handler(req)
+        answer = handler(req)
+        if name in self.lost:
+            raise GRPCError(Status.FAILED_PRECONDITION, "boom")
+        return answer
 
     def on_ClientHello(self, req):
         return pb.ClientHelloResponse()
@@ -127,7 +134,8 @@ class FakeModal(ContainerHost, api_grpc.ModalClientBase):
         image_id = f"im-{len(self.images)}"
         self.images[image_id] = req.image
         metadata = pb.ImageMetadata(image_builder_version="2025.06")
-        return pb.ImageGetOrCreateResponse(image_id=image_id, result=OK, metadata=metadata)
+        result = None if self.builds_long else OK
+        return pb.ImageGetOrCreateResponse(image_id=image_id, result=result, metadata=metadata)
 
     def on_WorkspaceNameLookup(self, req):
         return pb.WorkspaceNameLookupResponse(username="tester")

@@ -37,8 +37,11 @@ class Terminal:
                 self.said += text.decode()
 
     def wait_for(self, text):
+        self.wait_until(lambda: text in self.said)
+
+    def wait_until(self, claim):
         end = time.monotonic() + 120
-        while text not in self.said:
+        while not claim():
             assert time.monotonic() < end, self.said
             assert self._process.poll() is None, self.said
             time.sleep(0.02)

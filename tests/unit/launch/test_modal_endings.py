@@ -17,8 +17,8 @@ def error_of(done):
 
 
 def test_a_run_that_reaches_its_time_out_says_how_it_goes_on_for_longer(platform, workplace):
-    platform.environment["STAND_IN_HANG_AT"] = "3"
-    done = cli(*TRAIN, "--set", "modal.timeout_s=20", platform=platform)
+    platform.environment |= {"STAND_IN_HANG_AT": "3", "STAND_IN_JUMP_S": "600"}
+    done = cli(*TRAIN, "--set", "modal.timeout_s=600", platform=platform)
     record, ledger = ledger_of(workplace)
     assert error_of(done).startswith(
         "The run reached its time-out and was asked to end. It goes on from its newest checkpoint "
@@ -29,11 +29,11 @@ def test_a_run_that_reaches_its_time_out_says_how_it_goes_on_for_longer(platform
     assert ledger.total_usd() == record.cost_usd < record.worst_usd
     before_usd = record.worst_usd
     del platform.environment["STAND_IN_HANG_AT"]
-    longer = ["runs", "resume", record.job_id, "--yes", "--set", "modal.timeout_s=60"]
+    longer = ["runs", "resume", record.job_id, "--yes", "--set", "modal.timeout_s=1800"]
     resumed = cli(*longer, platform=platform)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed from step 2" in resumed.stdout
-    assert platform.definition().timeout_secs == 60
+    assert platform.definition().timeout_secs == 1800
     record, _ = ledger_of(workplace)
     assert (record.status, record.worst_usd) == ("passed", pytest.approx(3 * before_usd))
 

@@ -44,6 +44,20 @@ def test_yes_to_the_spending_question_sends_what_was_asked_about(platform, workp
     assert (record.status, len(platform.inputs)) == ("passed", 1)
 
 
+def test_ctrl_c_while_the_image_is_built_frees_what_was_set_aside(platform, workplace):
+    platform.builds_long = True
+    terminal = Terminal(*TRAIN, "--yes", platform=platform)
+    terminal.wait_until(lambda: "ImageJoinStreaming" in platform.names)
+    record, ledger = ledger_of(workplace)
+    assert (record.status, ledger.total_usd()) == ("launching", record.worst_usd)
+    terminal.interrupt()
+    assert terminal.end() == 130, terminal.said
+    record, ledger = ledger_of(workplace)
+    assert (record.status, ledger.total_usd()) == ("failed", 0.0)
+    assert "nothing of it runs or is set aside" in terminal.said
+    assert platform.inputs == {}
+
+
 def running(platform):
     """A terminal whose run has begun and takes long."""
     platform.environment["STAND_IN_HANG_AT"] = "3"
@@ -85,10 +99,11 @@ SWEEP = ["sweep", "base.toml", "--grid", "alpha_sdpo=0,0.2", "--out", "s", "--on
 
 
 def running_sweep(platform):
-    platform.environment["STAND_IN_STEP_S"] = "2"
+    platform.environment |= {"STAND_IN_HANG_AT": "3", "STAND_IN_GO": str(platform.root / "go")}
     terminal = Terminal(*SWEEP, platform=platform)
-    while len(platform.inputs) < 2 or not all(call.lines for call in platform.inputs.values()):
-        terminal.wait_for("")
+    terminal.wait_until(
+        lambda: sum("step 2\n" in call.lines for call in platform.inputs.values()) == 2
+    )
     terminal.interrupt()
     terminal.wait_for("Cancel them (c), or leave them running (Enter)? ")
     assert "2 members are running and cost" in terminal.said
@@ -103,6 +118,7 @@ def test_ctrl_c_and_enter_leave_a_sweeps_members_alone_and_resume_waits_for_them
     assert terminal.end() == 130, terminal.said
     assert {record.status for record in load_records(workplace / "runs")} == {"running"}
     platform.bill = {platform.tags["run_id"]: 0.75}
+    (platform.root / "go").touch()
     resumed = cli(*SWEEP, "--resume", platform=platform)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert len(platform.inputs) == 2  # no member was sent again

@@ -57,7 +57,8 @@ def test_what_nobody_can_ask_about_stays_set_aside(platform, workplace):
 
 def test_a_detached_run_that_ended_without_a_result_is_settled_and_goes_on(platform, workplace):
     platform.environment |= {"STAND_IN_HANG_AT": "3", "STAND_IN_DEAF": "1"}
-    options = ["--set", "modal.timeout_s=12", "--set", "modal.retries=0"]
+    platform.times_out_hanging = True
+    options = ["--set", "modal.timeout_s=600", "--set", "modal.retries=0"]
     assert cli(*TRAIN, "--detach", *options, platform=platform).returncode == 0
     await_end(platform)
     (record,) = load_records(workplace / "runs")
@@ -71,7 +72,7 @@ def test_a_detached_run_that_ended_without_a_result_is_settled_and_goes_on(platf
     assert cli("runs", "fetch", record.job_id, platform=platform).returncode == 0
     assert ledger.total_usd() == spent_usd  # asked again, it has cost no more
     del platform.environment["STAND_IN_HANG_AT"]
-    longer = ["--yes", "--set", "modal.timeout_s=60"]
+    longer = ["--yes", "--set", "modal.timeout_s=1800"]
     resumed = cli("runs", "resume", record.job_id, *longer, platform=platform)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed from step 2" in resumed.stdout
@@ -145,6 +146,18 @@ def test_what_a_killed_launcher_had_begun_to_start_is_ended(platform, workplace)
     assert (record.status, ledger.accounts()[record.job_id].reserved_usd) == ("cancelled", 0.0)
 
 
+def test_a_call_whose_answer_was_lost_is_ended_and_counted(platform, workplace):
+    platform.environment["STAND_IN_HANG_AT"] = "1"
+    platform.lost.add("FunctionMap")
+    done = cli(*TRAIN, platform=platform)
+    assert done.returncode == 1, done.stderr
+    assert "boom" in done.stderr
+    assert ("AppStop" in platform.names, platform.inputs["fc-1"].is_cancelled) == (True, True)
+    record, ledger = ledger_of(workplace)
+    assert (record.status, ledger.accounts()[record.job_id].reserved_usd) == ("failed", 0.0)
+    assert ledger.total_usd() == record.cost_usd > 0
+
+
 def test_a_new_sweep_in_the_place_of_another_takes_none_of_its_results(platform, workplace):
     point = ["--grid", "alpha_sdpo=0.2"]
     assert cli(*SWEEP, *point, platform=platform).returncode == 0
@@ -160,7 +173,6 @@ def test_members_wait_for_room_under_the_cap_that_others_leave(platform, workpla
     grid = ["--grid", "alpha_sdpo=0,0.1,0.2"]
     answer = json.loads(cli(*SWEEP[:-1], *grid, "--dry-run", "--json").stdout)
     cap = f"{2 * answer['plan']['worst_usd'] + 1e-3:.6f}"
-    platform.environment["STAND_IN_STEP_S"] = "0.5"
     done = cli(*SWEEP, *grid, "--budget", cap, platform=platform)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 of 3 members passed" in done.stdout

@@ -67,18 +67,28 @@ def run_smoke(config, run, console):
 
 
 def _meet_trouble(step):
-    """`STAND_IN_..._AT` names the step at which the run hangs, runs out of memory or of room."""
+    """`STAND_IN_..._AT` names the step at which the run hangs, runs out of memory or of room.
+
+    One that hangs goes on when the file `STAND_IN_GO` is there.
+    """
     if step == int(os.environ.get("STAND_IN_HANG_AT", "0")):
         if "STAND_IN_DEAF" in os.environ:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        end_s = time.monotonic() + 600
-        while time.monotonic() < end_s:
-            time.sleep(1)
+        Path(os.environ["HOME"], "hanging").touch()
+        end_s, go = time.monotonic() + 600, Path(os.environ.get("STAND_IN_GO", "/nonexistent"))
+        while time.monotonic() < end_s and not go.exists():
+            time.sleep(0.05)
     if step == int(os.environ.get("STAND_IN_OOM_AT", "0")):
         Path(os.environ["HOME"], "events").write_text("oom_kill 1\n")
         os.kill(os.getpid(), signal.SIGKILL)
     if step == int(os.environ.get("STAND_IN_FULL_AT", "0")):
         Path(os.environ["HOME"], "full").touch()
+
+
+def _jump(clock):
+    """A clock that has gone on by `STAND_IN_JUMP_S` once a run hangs."""
+    mark, jump_s = Path(os.environ["HOME"], "hanging"), float(os.environ["STAND_IN_JUMP_S"])
+    return lambda: clock() + jump_s * mark.exists()
 
 
 def _fill_up(open_file):
@@ -113,6 +123,8 @@ _defaults.with_smoke_defaults = lambda config: config
 sys.modules[_defaults.__name__] = _defaults
 if "STAND_IN_FULL_AT" in os.environ and "COMPOSER_RUNS" in os.environ:
     io.open = _fill_up(io.open)
+if "STAND_IN_JUMP_S" in os.environ and "COMPOSER_RUNS" in os.environ:
+    time.time = _jump(time.time)
 if "STAND_IN_OOM_AT" in os.environ and "COMPOSER_RUNS" in os.environ:
     import composer_replication.launch.container
 
