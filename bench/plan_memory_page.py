@@ -91,10 +91,30 @@ def memory_lines() -> list[str]:
         f"teacher, full and LoRA) the formulas are {min(errors):+.1%} to {max(errors):+.1%} off",
         "the simulation.",
         "",
+        *_run_lines(),
         *cuda_lines(RESULTS / "plan_memory_cuda.json"),
         *_peer_lines(),
         "",
     ]
+
+
+def _run_lines() -> list[str]:
+    """Whole runs whose settings add something to the step."""
+    rows = [
+        "Whole training runs of a random Llama (6 layers x 256, vocabulary 49,152, 4 rollouts of",
+        "96 tokens a micro-batch) on a CPU, for what settings add to a step: all tensors of the",
+        "second step, sampling included (`bench/plan_memory_runs.py`).",
+        "",
+        "| settings | largest while | measured, GiB | by formula |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in stored("runs"):
+        error = row["planned_gib"] / row["measured_gib"] - 1
+        rows.append(
+            f"| {', '.join(f'`{option}`' for option in row['options'])} | {row['phase']} "
+            f"| {row['measured_gib']:.3f} | {error:+.1%} |"
+        )
+    return [*rows, ""]
 
 
 def cuda_lines(path: Path) -> list[str]:

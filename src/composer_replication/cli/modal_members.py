@@ -187,7 +187,7 @@ class ModalMembers:
             created_s=time.time() if record is None else record.created_s,
             gpu=job.gpu,
             usd_per_hour=candidate.usd_per_hour,
-            expected_usd=candidate.expected_usd,
+            expected_usd=candidate.call_usd,
             worst_usd=candidate.worst_usd,
             cost_usd=None if record is None else record.cost_usd,
             budget_usd=self._bill.budget_usd,

@@ -90,7 +90,7 @@ def send_to_modal(
     say = _sayer(options)
     _show(options, plan)
     worst = f"at most {chosen.worst_usd:.2f} USD"
-    if not ask(options, f"Spend about {chosen.expected_usd:.2f} USD, {worst}?"):
+    if not ask(options, f"Spend about {chosen.call_usd:.2f} USD, {worst}?"):
         say("Nothing was sent.")
         return ("{}", 0), None
     _check_modal_installed()
@@ -104,7 +104,7 @@ def send_to_modal(
         created_s=time.time(),
         gpu=job.gpu,
         usd_per_hour=chosen.usd_per_hour,
-        expected_usd=chosen.expected_usd,
+        expected_usd=chosen.call_usd,
         worst_usd=chosen.worst_usd,
         budget_usd=plan.budget_usd,
         ledger=str(options.ledger or RUNS_FOLDER / ".jobs" / f"{job.job_id}.ledger"),

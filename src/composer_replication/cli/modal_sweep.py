@@ -65,7 +65,7 @@ def plan_sweep_on_modal(
         candidate,
         members[0].config,
         len(members),
-        sum(each.expected_usd for each in candidates.values()),
+        sum(each.call_usd for each in candidates.values()),
         budget_usd,
         plans[key_of_largest],
     )
@@ -89,7 +89,7 @@ def asks_for_sweep(options: argparse.Namespace, plan: SweepPlan, *, num_done: in
     print_plan(bill.plan, console, config_path=options.config, solved=[])
     print_sweep(plan, num_done, sys.stderr)
     each = f"each at most {bill.candidate.worst_usd:.2f}"
-    question = f"Spend about {bill.expected_usd:.2f} USD, at most {bill.worst_usd:.2f} ({each})?"
+    question = f"Spend about {plan.expected_usd:.2f} USD, at most {plan.worst_usd:.2f} ({each})?"
     if ask(options, question):
         return True
     (sys.stderr if options.json else sys.stdout).write("Nothing was sent.\n")

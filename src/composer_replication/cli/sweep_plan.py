@@ -27,7 +27,7 @@ class SweepBill:
     """Of a member; its `[modal]` holds for all."""
     num_members: int
     expected_usd: float
-    """Of all members."""
+    """Of all members, a call each."""
     budget_usd: float | None
     plan: "Plan"
     """Of the member that chooses the card."""
@@ -77,8 +77,8 @@ class SweepPlan:
 
     @property
     def expected_usd(self) -> float:
-        """Of all members together."""
-        return 0.0 if self.bill is None else self.bill.expected_usd
+        """Of all members together; the cap ends them where that is less."""
+        return 0.0 if self.bill is None else min(self.bill.expected_usd, self.bill.worst_usd)
 
     @property
     def worst_usd(self) -> float:
@@ -167,9 +167,7 @@ def show_sweep(
             "point": member.point,
             "seed": member.seed,
             "wall_s": _rounded(candidates[member.name].wall_s if candidates else None, 2),
-            "expected_usd": _rounded(
-                candidates[member.name].expected_usd if candidates else None, 4
-            ),
+            "expected_usd": _rounded(candidates[member.name].call_usd if candidates else None, 4),
         }
         for member in plan.starts()
     ]
@@ -207,7 +205,7 @@ def print_sweep(plan: SweepPlan, num_done: int, stream: TextIO) -> None:
     for number, member in enumerate(plan.starts(), start=1):
         candidate = plan.candidates.get(member.name)
         known = "" if candidate is None else duration(candidate.wall_s)
-        dollars = "" if candidate is None else f"${candidate.expected_usd:.2f}"
+        dollars = "" if candidate is None else f"${candidate.call_usd:.2f}"
         lines.append(f"{number:>5}   {member.name:<{width}}  {known:>8}  {dollars:>8}".rstrip())
     lines.append(
         f"cost    {plan.expected_usd:.2f} USD expected, {plan.worst_usd:.2f} at worst"

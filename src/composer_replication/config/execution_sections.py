@@ -112,6 +112,10 @@ class SmokeConfig(ConfigModel):
         return self
 
 
+MAX_MODAL_MEMORY_GIB = 336.0
+"""Most RAM that Modal gives a container."""
+
+
 class ModalConfig(ConfigModel):
     """`[modal]`: what a remote run asks for beside its card, and what may be repeated."""
 
@@ -121,8 +125,8 @@ class ModalConfig(ConfigModel):
     """Attempts after the first; each resumes, and each may take the whole time-out."""
     cpu_cores: float = Field(default=4.0, gt=0, le=64)
     """Physical cores."""
-    memory_gib: float | None = Field(default=None, gt=0, le=336)
-    """RAM; None: 16, or 1.5 times the weights where that is more."""
+    memory_gib: float | None = Field(default=None, gt=0, le=MAX_MODAL_MEMORY_GIB)
+    """RAM; None: 16, or 1.5 times each card's weights where that is more, 336 at most."""
     timeout_s: float | None = Field(default=None, gt=0, le=86_400)
     """Seconds after which an attempt is ended; None: twice the planner's high estimate, and 1,800
     for a smoke."""

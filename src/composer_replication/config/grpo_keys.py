@@ -132,6 +132,26 @@ def broken_bounds(key: str, value: JsonValue) -> list[str]:
     return [text for keys, text, is_allowed in _BOUNDS if key in keys and not is_allowed(value)]
 
 
+def grpo_count(grpo: Mapping[str, JsonValue], key: str) -> int:
+    """A whole number of the section, or TRL's default."""
+    return cast(int, grpo.get(key, TRL_DEFAULTS[key]))
+
+
+def steps_per_generation(grpo: Mapping[str, JsonValue], num_processes: int) -> int:
+    """Micro-batches that one generation of rollouts is cut into, as TRL has it.
+
+    Args:
+        grpo: the section, without a `group_problem`.
+        num_processes: cards that share a step.
+    """
+    given, whole = grpo.get("steps_per_generation"), grpo.get("generation_batch_size")
+    if isinstance(given, int):
+        return given
+    if isinstance(whole, int):
+        return whole // (grpo_count(grpo, "per_device_train_batch_size") * num_processes)
+    return grpo_count(grpo, "gradient_accumulation_steps")
+
+
 def group_problem(grpo: Mapping[str, JsonValue], num_processes: int) -> str | None:
     """Why the rollouts of a step are no whole groups or generations; None: they are.
 
@@ -139,23 +159,41 @@ def group_problem(grpo: Mapping[str, JsonValue], num_processes: int) -> str | No
         grpo: the section, its numbers checked.
         num_processes: cards that share a step.
     """
-
-    def count(key: str) -> int:
-        return cast(int, grpo.get(key, TRL_DEFAULTS[key]))
-
-    rows, accumulation = count("per_device_train_batch_size"), count("gradient_accumulation_steps")
-    group = count("num_generations")
-    per_generation = grpo.get("steps_per_generation")
-    if isinstance(per_generation, int) and per_generation % accumulation:
-        return (
-            f"grpo.steps_per_generation is {per_generation} and grpo.gradient_accumulation_steps "
-            f"is {accumulation}, so an optimizer step would span several generations and could not "
-            "count its tokens before it starts. Make the first a multiple of the second."
-        )
-    rollouts = rows * accumulation * num_processes
-    if "generation_batch_size" in grpo or per_generation is not None or rollouts % group == 0:
-        return None
+    rows = grpo_count(grpo, "per_device_train_batch_size")
+    accumulation = grpo_count(grpo, "gradient_accumulation_steps")
+    group = grpo_count(grpo, "num_generations")
+    given, whole = grpo.get("steps_per_generation"), grpo.get("generation_batch_size")
     processes = f" x {num_processes} processes" if num_processes > 1 else ""
+    if given is not None and whole is not None:
+        return (
+            f"grpo.steps_per_generation is {given} and grpo.generation_batch_size {whole}, which "
+            "both say how many rollouts are sampled at a time. Leave one of them out."
+        )
+    if isinstance(whole, int) and whole % (rows * num_processes):
+        return (
+            f"grpo.generation_batch_size is {whole}, and micro-batches of "
+            f"grpo.per_device_train_batch_size {rows}{processes} do not divide it. Make it a "
+            f"multiple of {rows * num_processes}."
+        )
+    per_generation = steps_per_generation(grpo, num_processes)
+    if per_generation % accumulation:
+        name = "steps_per_generation" if whole is None else "generation_batch_size"
+        cut = "" if whole is None else f", which makes {per_generation} micro-batches,"
+        return (
+            f"grpo.{name} is {given or whole}{cut} and grpo.gradient_accumulation_steps "
+            f"is {accumulation}, so an optimizer step would span several generations and could not "
+            "count its tokens before it starts. Make the first a multiple of "
+            f"{accumulation * (1 if whole is None else rows * num_processes)}."
+        )
+    rollouts = rows * per_generation * num_processes
+    if rollouts % group == 0:
+        return None
+    if given is not None or whole is not None:
+        return (
+            f"A generation has {rollouts} rollouts (grpo.per_device_train_batch_size {rows}"
+            f"{processes} x {per_generation} micro-batches), and a group has grpo.num_generations "
+            f"= {group}: one would be cut. Make it a multiple of {group}."
+        )
     return (
         f"grpo.per_device_train_batch_size {rows} x gradient_accumulation_steps {accumulation}"
         f"{processes} makes {rollouts} rollouts a step, and a group has grpo.num_generations = "

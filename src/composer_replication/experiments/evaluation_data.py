@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from composer_replication.config.execution_sections import SmokeConfig
+from composer_replication.config.grpo_keys import grpo_count
 from composer_replication.config.loading import load_config
 from composer_replication.config.run_config import RunConfig
 from composer_replication.errors import ConfigError, DataError, InputError
@@ -15,7 +16,6 @@ from composer_replication.experiments.evaluate import MAX_ACTION_TOKENS, MAX_TUR
 from composer_replication.experiments.judge_checks import find_judge
 from composer_replication.experiments.run_data import load_run_data, shipped_data
 from composer_replication.experiments.task_registry import SPLITS, find_task, task_rows
-from composer_replication.planner.run_shape import count
 from composer_replication.runs.followed_run import FollowedRun
 from composer_replication.traces.json_lines import Row
 from composer_replication.traces.pairs import PreferencePair
@@ -113,7 +113,7 @@ def folder_data(folder: Path | None, split: str, config: RunConfig | None = None
             data.prompts,
             data.pairs,
             max_turns=1,
-            max_action_tokens=count(settings, "max_completion_length"),
+            max_action_tokens=grpo_count(settings.grpo, "max_completion_length"),
             reward=reward,
         )
     return EvaluationData(

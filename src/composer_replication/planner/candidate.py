@@ -4,11 +4,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from composer_replication.config.execution_sections import ModalConfig
+from composer_replication.config.execution_sections import MAX_MODAL_MEMORY_GIB, ModalConfig
 from composer_replication.planner.calibration import calibrated
 from composer_replication.planner.cost import SMOKE_TIMEOUT_S, Cost, estimate, timeout_s
 from composer_replication.planner.hardware import Gpu
+from composer_replication.planner.layer_memory import BF16
 from composer_replication.planner.memory import predict
+from composer_replication.planner.model_shape import model_shape
 from composer_replication.planner.prices import PriceTable
 from composer_replication.planner.run_memory import (
     Predictor,
@@ -27,10 +29,14 @@ from composer_replication.planner.throughput import (
     step_terms,
 )
 from composer_replication.planner.wall_clock import WallClock, Where, wall_clock
+from composer_replication.units import gib
 
 _MODAL_MEMORY_GIB = 16.0
 _MEMORY_PER_WEIGHTS = 1.5
 """RAM that a remote run asks for where its configuration does not say."""
+
+_VLLM_OVERHEAD_GIB = 1.0
+"""Beside the weights: activations of its largest batch and some keys and values; not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +98,20 @@ class Candidate:
     @property
     def obstacle(self) -> str | None:
         """Why a run that fits cannot go there, in two words; None: it can."""
+        engine = self.shape.vllm
+        if engine is not None and (self.place.gpu is None or self.place.where == "modal"):
+            return "no vLLM"
+        if engine is not None and 0 < engine.card_share * self.place.capacity_gib < self.vllm_gib:
+            return "vLLM share"
         if self.place.gpu is not None and not self.place.gpu.has_bf16 and self.shape.uses_bf16:
             return "no bf16"
         return "FSDP only" if self.is_sharded else None
+
+    @property
+    def vllm_gib(self) -> float:
+        """The least that vLLM needs: the weights in half precision, and room to compute."""
+        half_bytes = BF16 * model_shape(self.shape.case.model).num_parameters
+        return gib(half_bytes) + _VLLM_OVERHEAD_GIB
 
     @property
     def is_launchable(self) -> bool:
@@ -110,6 +127,11 @@ class Candidate:
     def call_s(self) -> float:
         """The most that one call may take: every attempt at its time-out; a local one has none."""
         return math.inf if self.place.where == "local" else self.num_attempts * self.timeout_s
+
+    @property
+    def call_usd(self) -> float:
+        """Expected dollars of one call; one that ends before the run does costs its worst."""
+        return min(self.expected_usd, self.worst_usd)
 
     @property
     def ends_in_one_call(self) -> bool:
@@ -143,7 +165,7 @@ def make_candidate(
     speed = place.speed if place.gpu is None else gpu_speed(place.gpu, shape)
     assert speed is not None, "a CPU place knows its speed"
     num_gpus = max(place.num_gpus, 1)
-    memory = whole = run_memory(shape, num_gpus, predictor)
+    memory = whole = run_memory(shape, num_gpus, predictor, card_gib=place.capacity_gib)
     is_sharded = num_gpus > 1 and shape.verb != "evaluate" and whole.peak_gib > place.capacity_gib
     if is_sharded:
         memory = sharded_memory(shape, num_gpus)
@@ -163,7 +185,9 @@ def make_candidate(
         measured_s=measured_s or {},
     )
     limit_s = modal.timeout_s or _timeout(shape, clock)
-    memory_gib = modal.memory_gib or max(_MODAL_MEMORY_GIB, _MEMORY_PER_WEIGHTS * weights)
+    # Each card's process reads weights of its own.
+    wanted_gib = max(_MODAL_MEMORY_GIB, _MEMORY_PER_WEIGHTS * weights * num_gpus)
+    memory_gib = modal.memory_gib or min(wanted_gib, MAX_MODAL_MEMORY_GIB)
 
     def bill(seconds: float) -> Cost:
         return estimate(

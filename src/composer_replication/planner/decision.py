@@ -79,7 +79,7 @@ def _is_local(candidate: Candidate) -> bool:
 def _why_alone(chosen: Candidate) -> str:
     return (
         f"{chosen.place.label} is what there is, and {_memory(chosen)} are enough; the most is in "
-        f"the {chosen.memory.peak_phase.replace('_', ' ')}."
+        f"the {chosen.memory.phase_words}."
     )
 
 
@@ -113,8 +113,10 @@ def _why_remote(
 
 def _hindrance(candidate: Candidate) -> str:
     """What keeps a run from a place, as the end of a sentence."""
-    if candidate.obstacle == "no bf16":
-        return "has no bf16"
+    if candidate.obstacle in ("no bf16", "no vLLM"):
+        return f"has {candidate.obstacle}"
+    if candidate.obstacle == "vLLM share":
+        return f"leaves vLLM less than the {candidate.vllm_gib:.1f} GiB that it needs"
     if candidate.is_sharded:
         return f"has {_whole_miss(candidate):.1f} GiB a card too few for the whole step"
     return f"misses by {_miss(candidate):.1f} GiB"
@@ -129,7 +131,7 @@ def _nothing_fits(candidates: Sequence[Candidate]) -> str:
         text = (
             f"Nothing fits: {nearest.place.label} comes nearest and misses by "
             f"{_miss(nearest):.1f} GiB ({_memory(nearest)}); the most is in the "
-            f"{nearest.memory.peak_phase.replace('_', ' ')}."
+            f"{nearest.memory.phase_words}."
         )
     if sharded:
         fewest = min(sharded, key=lambda c: c.expected_usd)
@@ -145,6 +147,20 @@ def _nothing_fits(candidates: Sequence[Candidate]) -> str:
 
 def _no_place(candidates: Sequence[Candidate]) -> str:
     """Neither a card that is too small alone, nor one that sharding would help."""
+    short = next((c for c in candidates if c.obstacle == "vLLM share"), None)
+    if short is not None:
+        assert short.shape.vllm is not None, "it has a share"
+        return (
+            f"grpo.vllm_gpu_memory_utilization {short.shape.vllm.card_share:g} leaves vLLM "
+            f"{short.shape.vllm.card_share * short.place.capacity_gib:.1f} GiB of the local "
+            f"{short.place.label}, and it needs {short.vllm_gib:.1f}: the weights in half "
+            "precision and room to compute. Raise it."
+        )
+    if any(c.obstacle == "no vLLM" for c in candidates):
+        return (
+            "grpo.use_vllm is true, and neither a CPU nor the image on Modal has vLLM. Run on a "
+            "card of your own, or leave grpo.use_vllm out: transformers samples then."
+        )
     without_bf16 = [c for c in candidates if c.obstacle == "no bf16"]
     if without_bf16:
         return (

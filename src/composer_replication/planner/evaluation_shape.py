@@ -7,11 +7,9 @@ from typing import Literal, Self
 
 from composer_replication.planner.data_shape import RecordLengths, prompt_lengths
 from composer_replication.planner.model_files import Settings
-from composer_replication.planner.run_shape import RolloutShape, RunShape
+from composer_replication.planner.run_shape import RunShape
+from composer_replication.planner.sampling_shape import BATCH_SIZE, RolloutShape
 from composer_replication.planner.step_case import StepCase
-
-BATCH_SIZE = 64
-"""Contexts that an evaluation decodes at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +83,6 @@ def evaluation_shape(
             num_contexts=num_rows,
             prompt_tokens=size.prompts.longest_state,
             sampled_tokens=sampled_tokens,
-            resampled_tokens=0,
-            num_resampled=0,
         ),
         num_micro_batches=math.ceil(size.num_episodes / num_rows),
         num_steps=size.num_models,

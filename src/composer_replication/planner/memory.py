@@ -162,11 +162,11 @@ def _walk(case: StepCase, num_shards: int) -> Iterator[tuple[str, int]]:
 def graph_bytes(case: StepCase, shape: ModelShape, layer: LayerMemory, forward: Forward) -> int:
     """What a forward keeps for its backward."""
     tokens, layers = forward.num_tokens, shape.num_layers
-    per_layer = layer.input_per_token * tokens if case.checkpoints else _layer_bytes(layer, forward)
+    per_layer = layer.input_per_token * tokens if case.checkpoints else layer_bytes(layer, forward)
     return layers * per_layer + layer.ends_per_token * tokens
 
 
-def _layer_bytes(layer: LayerMemory, forward: Forward) -> int:
+def layer_bytes(layer: LayerMemory, forward: Forward) -> int:
     """What the graph of one layer keeps."""
     per_token = layer.saved_per_token + layer.score_bytes * forward.row_tokens
     return per_token * forward.num_tokens + layer.graph_copies
@@ -206,7 +206,7 @@ def _walk_back(
 ) -> Iterator[tuple[str, int]]:
     """The backward: graphs in reverse, each from its head over its layers to the embedding."""
     shape = model_shape(case.model)
-    grads = _gradients(case, shape)
+    grads = gradients_of(case, shape)
     # Gradients of a weight wait in autograd until every forward that used it has sent its part;
     # with one forward they go straight into what accumulates.
     waits = not case.accumulates or len(forwards) > 1
@@ -221,7 +221,7 @@ def _walk_back(
         new_head = grads.head // num_shards if head_waits else 0
         new_layers = grads.layers // num_shards if is_first and waits else 0
         graph, ends = graph_bytes(case, shape, layer, forward), layer.ends_per_token * tokens
-        again = _layer_bytes(layer, forward) if case.checkpoints else 0
+        again = layer_bytes(layer, forward) if case.checkpoints else 0
         working = layer.working_per_token * tokens + grads.matrix + again
         stream = layer.output_per_token * tokens
         # The top: everything is kept, and the last norm or the last layer works.
@@ -240,7 +240,7 @@ def _walk_back(
 
 
 @dataclass(frozen=True, slots=True)
-class _Gradients:
+class Gradients:
     """Bytes of the gradients of one forward; adapters have none at the head."""
 
     head: int
@@ -249,14 +249,15 @@ class _Gradients:
     """Of the largest matrix of a layer."""
 
 
-def _gradients(case: StepCase, shape: ModelShape) -> _Gradients:
+def gradients_of(case: StepCase, shape: ModelShape) -> Gradients:
+    """Of everything that is trained."""
     trained = trained_bytes(case)
     if case.lora_r is not None:
-        return _Gradients(0, trained, 0)
+        return Gradients(0, trained, 0)
     weight = Precision.of(case).weights
     head = weight * shape.head_parameters
     heads = head * (1 if shape.is_tied else 2)
-    return _Gradients(head, trained - heads, weight * shape.hidden * shape.intermediate)
+    return Gradients(head, trained - heads, weight * shape.hidden * shape.intermediate)
 
 
 def _optimizer_peak(case: StepCase, shape: ModelShape) -> int:

@@ -27,7 +27,8 @@ class CandidateAnswer(_Answer):
     fits: bool
     """Whether `peak_gib` is at most `capacity_gib`."""
     obstacle: str | None = Field(default=None, exclude_if=lambda value: value is None)
-    """`FSDP only` or `no bf16`: cannot be run there, whether it fits or not; else left out."""
+    """`FSDP only`, `no bf16`, `no vLLM` or `vLLM share`: cannot be run there, whether it fits or
+    not; else left out."""
     peak_gib: float
     """The most on one card, the device's own share included."""
     capacity_gib: float

@@ -96,6 +96,11 @@ def _cards(
         for candidate in candidates
         if candidate.place.is_assumed
     ]
+    if any(c.shape.vllm is not None for c in candidates):
+        found.append(
+            "vLLM samples: its share of the card is counted and was never measured, its seconds "
+            "are guessed, and of a server's card nothing is planned. Modal's image has no vLLM."
+        )
     sharded = [candidate.place.label for candidate in candidates if candidate.is_sharded]
     if sharded:
         found.append(

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from composer_replication.config.execution_sections import LoraConfig
+from composer_replication.config.grpo_keys import grpo_count
 from composer_replication.config.run_config import RunConfig
-from composer_replication.planner.run_shape import count
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ def _smaller_parts(config: RunConfig, before: str) -> Iterator[Change]:
             config.model_copy(update={"batch": batch}),
         )
     rows, parts = (
-        count(config, "per_device_train_batch_size"),
-        count(config, "gradient_accumulation_steps"),
+        grpo_count(config.grpo, "per_device_train_batch_size"),
+        grpo_count(config.grpo, "gradient_accumulation_steps"),
     )
     if rows % 2 == 0 and config.smoke.fixed_shapes is None:
         yield Change(

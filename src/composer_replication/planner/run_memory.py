@@ -7,13 +7,8 @@ rows, the key-value cache of its rollouts and, on several cards, sharding.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from composer_replication.planner.layer_memory import (
-    BF16,
-    FP32,
-    Precision,
-    keeps_scores,
-    layer_memory,
-)
+from composer_replication.planner.diagnostic_memory import measuring_bytes
+from composer_replication.planner.layer_memory import BF16, FP32, Precision, keeps_scores
 from composer_replication.planner.memory import (
     MemoryEstimate,
     persistent_bytes,
@@ -21,7 +16,8 @@ from composer_replication.planner.memory import (
     trained_bytes,
 )
 from composer_replication.planner.model_shape import ModelShape, model_shape
-from composer_replication.planner.run_shape import RolloutShape, RunShape
+from composer_replication.planner.run_shape import RunShape
+from composer_replication.planner.sampling_memory import sampling_bytes, scoring_bytes
 from composer_replication.planner.step_case import StepCase
 from composer_replication.units import gib
 
@@ -41,6 +37,11 @@ STATED_ERROR = 0.07
 
 _TRL_TOKENS, _TRL_VOCAB = 4096, 32_768
 """Rows and vocabulary entries of one tile of TRL's head."""
+
+_TRL_CPU_COPIES = {"loss": 3.0, "backward": 7.25}
+"""fp32 arrays beside a tile that its torch operations fold on a CPU: in the forward scaled logits,
+their exponentials and products; in the backward logits before and after the temperature, log-probs,
+probabilities, the gradient, a bool and two temporaries."""
 
 Predictor = Callable[[StepCase], MemoryEstimate]
 
@@ -62,6 +63,11 @@ class RunMemory:
         return sum(self.terms_gib.values())
 
     @property
+    def phase_words(self) -> str:
+        """The phase as a sentence has it."""
+        return self.peak_phase.replace("_", " ")
+
+    @property
     def peak_tensor_gib(self) -> float:
         """Tensors alone, as a run measures them."""
         return sum(v for name, v in self.terms_gib.items() if name not in _DEVICE_TERMS)
@@ -70,13 +76,16 @@ class RunMemory:
 _DEVICE_TERMS = ("context", "fragmentation", "libraries")
 
 
-def run_memory(shape: RunShape, num_gpus: int, predictor: Predictor = predict) -> RunMemory:
+def run_memory(
+    shape: RunShape, num_gpus: int, predictor: Predictor = predict, *, card_gib: float = 0.0
+) -> RunMemory:
     """The memory of a run on each of `num_gpus` cards, which each hold the whole step (DDP).
 
     Args:
         shape: of the run.
         num_gpus: cards; several exchange gradients through buckets of their size.
         predictor: of a step on one card; formulas, or a simulation.
+        card_gib: memory of a card, of which vLLM takes a share.
     """
     if shape.verb == "evaluate":
         return _sampling_memory(shape)
@@ -85,7 +94,7 @@ def run_memory(shape: RunShape, num_gpus: int, predictor: Predictor = predict) -
         estimate = predictor(case)
         if num_gpus > 1:
             estimate = _with_buckets(estimate, gib(trained_bytes(case)))
-        found.append(_of_case(shape, case, estimate))
+        found.append(_of_case(shape, case, estimate, card_gib))
     return max(found, key=lambda memory: memory.peak_gib)
 
 
@@ -94,7 +103,7 @@ def sharded_memory(shape: RunShape, num_gpus: int) -> RunMemory:
 
     `train` does not run so: its losses read the output head as one tensor.
     """
-    found = (_of_case(shape, case, predict(case, num_gpus)) for case in _cases(shape))
+    found = (_of_case(shape, case, predict(case, num_gpus), 0.0) for case in _cases(shape))
     return max(found, key=lambda memory: memory.peak_gib)
 
 
@@ -108,10 +117,9 @@ def _with_buckets(estimate: MemoryEstimate, buckets_gib: float) -> MemoryEstimat
 
 def _sampling_memory(shape: RunShape) -> RunMemory:
     """Weights and what sampling takes beside them: nothing is trained."""
-    model = model_shape(shape.case.model)
     terms = {
         "weights": weights_gib(shape.case),
-        "rollout_phase": gib(_rollout_bytes(shape.rollouts, shape.case, model)),
+        "rollout_phase": gib(sampling_bytes(shape.rollouts, shape.case)),
     }
     return RunMemory(terms | device_gib(shape.case, sum(terms.values())), "rollout")
 
@@ -131,7 +139,9 @@ def _without_sites(case: StepCase) -> StepCase:
     )
 
 
-def _of_case(shape: RunShape, case: StepCase, estimate: MemoryEstimate) -> RunMemory:
+def _of_case(
+    shape: RunShape, case: StepCase, estimate: MemoryEstimate, card_gib: float
+) -> RunMemory:
     model = model_shape(case.model)
     persistent = dict(estimate.persistent_gib)
     total = sum(persistent.values())
@@ -145,10 +155,44 @@ def _of_case(shape: RunShape, case: StepCase, estimate: MemoryEstimate) -> RunMe
         head = _trl_head_bytes(case, model, phase) if is_separate else 0
         phases[phase] += extra + gib(head)
     phases["policy_forward"] += extra
-    phases["rollout"] = gib(_rollout_bytes(shape.rollouts, case, model))
-    phase = max(phases, key=phases.__getitem__)
+    if shape.measures_gradients:
+        head = _trl_head_bytes(case, model, "backward") if is_separate else 0
+        phases["diagnostics"] = gib(measuring_bytes(case) + head) + extra
+    if shape.has_reference:
+        persistent["reference"] = gib(Precision.of(case).weights * model.num_parameters)
+    engine = shape.vllm
+    engine_gib = 0.0 if engine is None else engine.card_share * card_gib
+    if engine is not None and engine.card_share > 0 and not engine.sleeps:
+        persistent["vllm"] = engine_gib
+    phases |= _between_steps(shape, case, asleep_gib=engine_gib - persistent.get("vllm", 0.0))
+    # Gradients accumulate within a step, and nothing is sampled there.
+    held = persistent["gradients"]
+    phase = max(phases, key=lambda name: phases[name] - held * (name in _BETWEEN_STEPS))
+    if phase in _BETWEEN_STEPS:
+        del persistent["gradients"]
     terms = {**persistent, f"{phase}_phase": phases[phase]}
     return RunMemory(terms | device_gib(case, sum(terms.values())), phase)
+
+
+_BETWEEN_STEPS = ("rollout", "scoring", "evaluation")
+
+
+def _between_steps(shape: RunShape, case: StepCase, *, asleep_gib: float) -> dict[str, float]:
+    """GiB beside what stays while rows are sampled or scored.
+
+    Args:
+        shape: of the run.
+        case: of a step.
+        asleep_gib: that vLLM takes while it samples and not while the run trains.
+    """
+    rollouts = shape.rollouts
+    is_engine = shape.vllm is not None
+    found = {"rollout": asleep_gib if is_engine else gib(sampling_bytes(rollouts, case))}
+    if rollouts.num_rows and (rollouts.is_scored or shape.compares_reference):
+        found["scoring"] = gib(scoring_bytes(rollouts, case))
+    if shape.evaluation.num_rows:
+        found["evaluation"] = asleep_gib + gib(sampling_bytes(shape.evaluation, case))
+    return found
 
 
 def device_gib(case: StepCase, tensors_gib: float) -> dict[str, float]:
@@ -173,8 +217,8 @@ def _trl_head_bytes(case: StepCase, model: ModelShape, phase: str) -> int:
     row = case.completion_tokens if on_cuda else case.prompt_tokens + case.completion_tokens
     rows = min(case.num_rollouts * row, _TRL_TOKENS)
     columns = min(model.vocab, _TRL_VOCAB)
-    copies = 1 if on_cuda else 3
-    tile = rows * columns * (compute + (copies - 1) * FP32)
+    copies = 0.0 if on_cuda else _TRL_CPU_COPIES[phase]
+    tile = round(rows * columns * (compute + copies * FP32))
     if phase == "backward" and case.lora_r is None and compute != Precision.of(case).weights:
         # Under autocast the part of the head that a tile meets is cast.
         tile += BF16 * columns * model.hidden
@@ -198,21 +242,6 @@ def _padding_bytes(case: StepCase, model: ModelShape) -> int:
     tokens = sum(number * length for number, length in rows)
     repeated = 2 * Precision.of(case).compute * (model.q_dim - model.kv_dim)
     return mask + tokens * repeated * model.num_layers
-
-
-def _rollout_bytes(rollouts: RolloutShape, case: StepCase, model: ModelShape) -> int:
-    """The cache of every row, one layer's copy while it grows, last logits, cast weights."""
-    if rollouts.num_rows == 0:
-        return 0
-    compute = Precision.of(case).compute
-    tokens = rollouts.num_rows * (rollouts.prompt_tokens + rollouts.sampled_tokens)
-    cache = 2 * compute * model.kv_dim * tokens * (model.num_layers + 2)
-    prompt_tokens = rollouts.num_rows * rollouts.prompt_tokens
-    prefill = layer_memory(case).forward_per_token * prompt_tokens
-    logits = 3 * FP32 * rollouts.num_rows * model.vocab
-    casts = case.autocasts and case.lora_r is None and case.weights_dtype == "float32"
-    cast = BF16 * model.num_parameters if casts else 0
-    return cache + max(prefill, logits) + cast
 
 
 def weights_gib(case: StepCase) -> float:

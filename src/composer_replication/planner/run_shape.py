@@ -6,12 +6,21 @@ from typing import Literal, cast
 
 from pydantic import JsonValue
 
-from composer_replication.config.grpo_keys import TRL_DEFAULTS, group_problem
+from composer_replication.config.grpo_keys import group_problem, grpo_count
 from composer_replication.config.run_config import RunConfig
 from composer_replication.errors import ConfigError
 from composer_replication.planner.data_shape import DataShape
 from composer_replication.planner.model_files import Settings
 from composer_replication.planner.model_shape import check_targets
+from composer_replication.planner.sampling_shape import (
+    BATCH_SIZE,
+    NOTHING_SAMPLED,
+    RolloutShape,
+    VllmEngine,
+    heldout_shape,
+    rollout_shape,
+    vllm_engine,
+)
 from composer_replication.planner.step_case import OptimizerName, StepCase, TeacherKind
 
 SMOKE_STEPS = 50
@@ -29,25 +38,6 @@ _OPTIMIZERS: dict[str, OptimizerName] = {
     "sgd": "sgd",
     "adafactor": "adafactor",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutShape:
-    """What is sampled together, before a step or in an evaluation; 0 rows where nothing is."""
-
-    num_rows: int
-    """Sampled together, whatever the micro-batch is."""
-    num_contexts: int
-    """Distinct prompts among them: a group's is computed once."""
-    prompt_tokens: int
-    sampled_tokens: int
-    """Most that one row samples, one after another."""
-    resampled_tokens: int
-    """Sampled for the actions at hint sites."""
-    num_resampled: int
-
-
-_NOTHING_SAMPLED = RolloutShape(0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +63,26 @@ class RunShape:
     """Its weights or its matrix products are in bf16."""
     is_padded: bool
     """Rows of unequal length are padded, which gives attention a mask to keep."""
-    evaluation: RolloutShape = _NOTHING_SAMPLED
-    """One evaluation on held-out prompts."""
-    num_evaluations: int = 0
-    """In the whole run."""
+    evaluation: RolloutShape = NOTHING_SAMPLED
+    """What an evaluation on held-out prompts decodes together."""
+    num_evaluation_batches: int = 0
+    """Of those, in all evaluations of the run."""
+    compares_reference: bool = False
+    """GRPO has a KL term, which scores every rollout under the starting weights."""
+    has_reference: bool = False
+    """They are a second copy of the model; an adapter is turned off instead."""
+    measures_gradients: bool = False
+    """At some steps each channel's own gradient is held."""
+    vllm: VllmEngine | None = None
+    """Samples the rollouts in place of transformers."""
+
+    @property
+    def generations_a_step(self) -> float:
+        """Rounds of sampling for one optimizer step; 0 where nothing is sampled."""
+        if self.rollouts.num_rows == 0:
+            return 0.0
+        used = self.rollouts.num_rows * self.rollouts.num_iterations
+        return self.num_micro_batches * self.case.num_rollouts / used
 
 
 def run_shape(
@@ -106,7 +112,7 @@ def run_shape(
     Raises:
         ConfigError: an optimizer whose memory is not known, or rollouts that are no whole groups.
     """
-    micro_batches = count(config, "gradient_accumulation_steps")
+    micro_batches = grpo_count(config.grpo, "gradient_accumulation_steps")
     cut = group_problem(config.grpo, num_processes)
     if cut is not None and config.smoke.fixed_shapes is None:
         raise ConfigError(cut)
@@ -118,7 +124,7 @@ def run_shape(
     takes_what_fits = verb == "smoke" and config.smoke.steps is None and device_type == "cpu"
     return RunShape(
         case=replace(case, accumulates=micro_batches > 1),
-        rollouts=_rollouts(config, case, micro_batches),
+        rollouts=rollout_shape(config, case, num_processes),
         num_micro_batches=micro_batches,
         num_steps=num_steps,
         steps_budget_s=config.smoke.time_budget_s if takes_what_fits else None,
@@ -128,15 +134,13 @@ def run_shape(
         uses_bf16=_has_bf16(config, computes_bf16) or _asked_dtype(config) == "bfloat16",
         alternates=config.batch.channel_schedule == "alternate",
         is_padded=config.smoke.fixed_shapes is None,
-        evaluation=_evaluation(config, case) if every_steps else _NOTHING_SAMPLED,
-        # One before the first step, one after the last.
-        num_evaluations=1 + math.ceil(num_steps / every_steps) if every_steps else 0,
+        evaluation=heldout_shape(config, case) if every_steps else NOTHING_SAMPLED,
+        num_evaluation_batches=_num_evaluation_batches(config, num_steps) if every_steps else 0,
+        has_reference=bool(config.grpo.get("beta")) and config.lora is None,
+        compares_reference=bool(config.grpo.get("beta")),
+        measures_gradients=bool(config.diagnostics.gradients_every),
+        vllm=vllm_engine(config),
     )
-
-
-def count(config: RunConfig, key: str) -> int:
-    """A whole number of `[grpo]`, or TRL's default."""
-    return cast(int, config.grpo.get(key, TRL_DEFAULTS[key]))
 
 
 def _setting(
@@ -195,9 +199,9 @@ def _targets(targets: list[str] | str) -> tuple[str, ...] | str:
 
 def _with_rows(case: StepCase, config: RunConfig, data: DataShape, verb: RunVerb) -> StepCase:
     """The rows of the largest micro-batch."""
-    micro_batches = count(config, "gradient_accumulation_steps")
-    rows = count(config, "per_device_train_batch_size")
-    completion = count(config, "max_completion_length")
+    micro_batches = grpo_count(config.grpo, "gradient_accumulation_steps")
+    rows = grpo_count(config.grpo, "per_device_train_batch_size")
+    completion = grpo_count(config.grpo, "max_completion_length")
     sites = math.ceil(config.sdpo.sites_per_step / micro_batches) if config.alpha_sdpo > 0 else 0
     pairs = math.ceil(config.dpo.pairs_per_step / micro_batches) if config.beta_replay > 0 else 0
     shape, limit = config.smoke.fixed_shapes, config.batch.max_context_tokens
@@ -232,7 +236,7 @@ def _with_rows(case: StepCase, config: RunConfig, data: DataShape, verb: RunVerb
     return replace(
         case,
         num_rollouts=rows,
-        num_prompts=math.ceil(rows / count(config, "num_generations")),
+        num_prompts=math.ceil(rows / grpo_count(config.grpo, "num_generations")),
         prompt_tokens=prompt,
         completion_tokens=completion,
         num_sites=sites,
@@ -243,41 +247,6 @@ def _with_rows(case: StepCase, config: RunConfig, data: DataShape, verb: RunVerb
         num_pairs=pairs,
         pair_state_tokens=max(pair_context - pair_action, 1),
         pair_action_tokens=max(pair_action, 1),
-    )
-
-
-def _rollouts(config: RunConfig, case: StepCase, micro_batches: int) -> RolloutShape:
-    if config.smoke.fixed_shapes is not None:
-        return _NOTHING_SAMPLED
-    per_generation = config.grpo.get("steps_per_generation", micro_batches)
-    assert isinstance(per_generation, int)
-    sampled = case.completion_tokens
-    if config.rollout.reward is None:
-        sampled = min(sampled, config.rollout.max_turns * config.rollout.max_action_tokens)
-    resamples = config.alpha_sdpo > 0 and config.sdpo.actions == "resampled"
-    num_rows = case.num_rollouts * per_generation
-    return RolloutShape(
-        num_rows=num_rows,
-        num_contexts=math.ceil(num_rows / count(config, "num_generations")),
-        prompt_tokens=case.prompt_tokens,
-        sampled_tokens=sampled,
-        resampled_tokens=config.rollout.max_action_tokens if resamples else 0,
-        num_resampled=config.sdpo.sites_per_step if resamples else 0,
-    )
-
-
-def _evaluation(config: RunConfig, case: StepCase) -> RolloutShape:
-    num_prompts = config.evaluation.prompts
-    sampled = config.rollout.max_turns * config.rollout.max_action_tokens
-    if config.rollout.reward is not None:
-        sampled = case.completion_tokens
-    return RolloutShape(
-        num_rows=num_prompts,
-        num_contexts=num_prompts,
-        prompt_tokens=case.prompt_tokens,
-        sampled_tokens=sampled,
-        resampled_tokens=0,
-        num_resampled=0,
     )
 
 
@@ -295,6 +264,14 @@ def _verb(config: RunConfig) -> RunVerb:
     return "train" if is_train else "smoke"
 
 
+def _num_evaluation_batches(config: RunConfig, num_steps: int) -> int:
+    every_steps = config.evaluation.every_steps
+    assert every_steps, "asked only where it is set"
+    # One before the first step, one after the last.
+    num_evaluations = 1 + math.ceil(num_steps / every_steps)
+    return num_evaluations * math.ceil(config.evaluation.prompts / BATCH_SIZE)
+
+
 def _num_steps(config: RunConfig, data: DataShape, verb: RunVerb, num_processes: int) -> int:
     if verb == "smoke":
         return config.smoke.steps or SMOKE_STEPS
@@ -302,7 +279,8 @@ def _num_steps(config: RunConfig, data: DataShape, verb: RunVerb, num_processes:
     if isinstance(steps, int) and steps > 0:
         return steps
     epochs = cast(float, config.grpo.get("num_train_epochs", _TRL_EPOCHS))
-    rows = count(config, "per_device_train_batch_size")
-    rows_a_step = rows * count(config, "gradient_accumulation_steps") * num_processes
-    all_rows = data.num_prompts * count(config, "num_generations")
+    rows = grpo_count(config.grpo, "per_device_train_batch_size")
+    rows_a_step = rows * grpo_count(config.grpo, "gradient_accumulation_steps") * num_processes
+    group = grpo_count(config.grpo, "num_generations")
+    all_rows = data.num_prompts * group * grpo_count(config.grpo, "num_iterations")
     return max(1, math.ceil(epochs * all_rows / rows_a_step))

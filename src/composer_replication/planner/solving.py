@@ -12,7 +12,7 @@ from composer_replication.errors import ConfigError
 from composer_replication.planner.candidate import Candidate, Place
 from composer_replication.planner.memory import predict
 from composer_replication.planner.plan import Planner
-from composer_replication.planner.run_memory import run_memory
+from composer_replication.planner.run_memory import RunMemory, run_memory
 from composer_replication.planner.run_shape import RunShape
 
 MAX_LENGTH = "max_length"
@@ -32,15 +32,37 @@ class Solved:
     key: str
     value: int | None
     """None: not even the smallest fits."""
+    beyond: RunMemory | None = None
+    """What the next larger value needs, or the smallest where none fits; None: no run takes it."""
+    to_set: str = ""
+    """What of the file sets it, where `key` is none of it."""
 
     @property
     def text(self) -> str:
         """One line for a reader."""
         place = self.candidate.place
+        of = f"of {place.capacity_gib:.2f} GiB"
+        obstacle = None if self.candidate.is_sharded else self.candidate.obstacle
+        if obstacle is not None:
+            return f"{place.label}: {obstacle}, whatever {self.key} is"
         if self.value is None:
-            return f"{place.label}: no value of {self.key} fits in {place.capacity_gib:.1f} GiB"
-        more = " or more" if self.value >= _LARGEST else ""
-        return f"{place.label}: {self.key} = {self.value}{more} is the largest that fits"
+            if self.beyond is None:
+                return f"{place.label}: no {self.key} up to {_TRIED} makes a run"
+            return (
+                f"{place.label}: no {self.key} fits: the smallest takes "
+                f"{self.beyond.peak_gib:.2f} {of}, most of it in the {self.beyond.phase_words}"
+            )
+        if self.value >= _LARGEST:
+            return f"{place.label}: memory sets no limit to {self.key}"
+        text = (
+            f"{place.label}: {self.key} = {self.value} is the largest that fits, all else as it is"
+        )
+        if self.beyond is None:
+            text += "; no run takes a larger one"
+        elif self.beyond.peak_gib > place.capacity_gib:
+            text += f"; the next needs {self.beyond.peak_gib:.2f} {of} in the "
+            text += self.beyond.phase_words
+        return text + (f". Set {self.to_set}" if self.to_set else "")
 
 
 def solve(planner: Planner, key: str, candidates: list[Candidate]) -> list[Solved]:
@@ -50,17 +72,21 @@ def solve(planner: Planner, key: str, candidates: list[Candidate]) -> list[Solve
         ConfigError: a key that is no whole number.
     """
     if key == MAX_LENGTH:
-        return [Solved(c, key, _largest(_length_fits(c), 16)) for c in candidates]
+        return [_solved_length(planner.request.config, c) for c in candidates]
     _current(planner.request.config, key)
-    return [Solved(c, key, _largest_value(planner, key, c.place)) for c in candidates]
+    return [_solved_value(planner, key, c) for c in candidates]
 
 
 _TRIED = 64
 """Values among which the smallest that a run takes is looked for."""
 
+_SHORTEST = 16
+"""Tokens of the shortest row that is tried."""
 
-def _largest_value(planner: Planner, key: str, place: Place) -> int | None:
+
+def _solved_value(planner: Planner, key: str, candidate: Candidate) -> Solved:
     """The largest that fits, in steps of the smallest that a run takes: groups stay whole."""
+    place = candidate.place
 
     def is_valid(value: int) -> bool:
         config = _with_value(planner.request.config, key, value)
@@ -69,22 +95,51 @@ def _largest_value(planner: Planner, key: str, place: Place) -> int | None:
         except ConfigError:
             return False
 
+    def memory(value: int) -> RunMemory | None:
+        config = _with_value(planner.request.config, key, value)
+        if config is None or not is_valid(value):
+            return None
+        return planner.candidate(place, config, predict).memory
+
     smallest = next((value for value in range(1, _TRIED + 1) if is_valid(value)), None)
     if smallest is None:
-        return None
+        return Solved(candidate, key, None)
     fits = _value_fits(planner, key, place)
     steps = _largest(lambda count: is_valid(count * smallest) and fits(count * smallest), 1)
-    return None if steps is None else min(steps * smallest, _LARGEST)
+    if steps is None:
+        return Solved(candidate, key, None, memory(smallest))
+    value = min(steps * smallest, _LARGEST)
+    return Solved(candidate, key, value, memory(value + smallest))
 
 
-def _length_fits(candidate: Candidate) -> Callable[[int], bool]:
+def _solved_length(config: RunConfig, candidate: Candidate) -> Solved:
     place, shape = candidate.place, candidate.shape
 
-    def fits(num_tokens: int) -> bool:
-        memory = run_memory(_with_rows_of(shape, num_tokens), max(place.num_gpus, 1))
-        return memory.peak_gib <= place.capacity_gib
+    def memory(num_tokens: int) -> RunMemory:
+        return run_memory(
+            _with_rows_of(shape, num_tokens), max(place.num_gpus, 1), card_gib=place.capacity_gib
+        )
 
-    return fits
+    value = _largest(lambda length: memory(length).peak_gib <= place.capacity_gib, _SHORTEST)
+    if value is None:
+        return Solved(candidate, MAX_LENGTH, None, memory(_SHORTEST))
+    to_set = _length_setting(config, shape, value)
+    return Solved(candidate, MAX_LENGTH, value, memory(value + 1), to_set)
+
+
+def _length_setting(config: RunConfig, shape: RunShape, num_tokens: int) -> str:
+    """What makes every row as long as that."""
+    if config.smoke.fixed_shapes is not None:
+        return f"smoke.fixed_shapes = [{config.smoke.fixed_shapes[0]}, {num_tokens}]"
+    if shape.verb == "smoke":
+        return f"smoke.max_shape_tokens = {num_tokens}"
+    case = _with_rows_of(shape, num_tokens).case
+    prompts = f"prompts of at most {case.prompt_tokens} tokens"
+    if case.completion_tokens < shape.case.completion_tokens:
+        cut = f"grpo.max_completion_length = {case.completion_tokens}"
+        return f"batch.max_context_tokens = {num_tokens} and {cut}, and take {prompts}"
+    completions = f"completions of {case.completion_tokens}"
+    return f"batch.max_context_tokens = {num_tokens}, and take {prompts} beside {completions}"
 
 
 def _with_rows_of(shape: RunShape, num_tokens: int) -> RunShape:
@@ -105,7 +160,8 @@ def _with_rows_of(shape: RunShape, num_tokens: int) -> RunShape:
         pair_action_tokens=pair_action,
     )
     rollouts = replace(shape.rollouts, prompt_tokens=longer.prompt_tokens)
-    return replace(shape, case=longer, rollouts=rollouts)
+    evaluation = replace(shape.evaluation, prompt_tokens=longer.prompt_tokens)
+    return replace(shape, case=longer, rollouts=rollouts, evaluation=evaluation)
 
 
 def _value_fits(planner: Planner, key: str, place: Place) -> Callable[[int], bool]:

@@ -6,7 +6,7 @@ a token reads every weight once. Ranges are wide until a run on the same device 
 (`calibration.py`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from composer_replication.planner.forwards import Forward, forwards_of
@@ -14,7 +14,8 @@ from composer_replication.planner.hardware import Gpu
 from composer_replication.planner.layer_memory import Precision, layer_memory
 from composer_replication.planner.memory import persistent_bytes, trained_bytes
 from composer_replication.planner.model_shape import ModelShape, model_shape
-from composer_replication.planner.run_shape import RolloutShape, RunShape
+from composer_replication.planner.run_shape import RunShape
+from composer_replication.planner.sampling_shape import RolloutShape
 from composer_replication.planner.step_case import StepCase
 
 
@@ -118,8 +119,9 @@ def step_terms(
     """
     model = model_shape(shape.case.model)
     # A generation serves as many steps as it was sampled for.
-    per_step = shape.num_micro_batches * shape.case.num_rollouts / max(shape.rollouts.num_rows, 1)
-    rollout = _sampling_s(shape.rollouts, shape, model, speed).times(per_step)
+    generation = _sampling_s(shape.rollouts, shape, model, speed)
+    generation = generation.plus(_scoring_s(shape, model, speed))
+    rollout = generation.times(shape.generations_a_step)
     if shape.verb == "evaluate":
         return {"rollout": rollout, "other": _STEP_OVERHEAD}
     micro = _micro_batch(shape, model, speed)
@@ -147,7 +149,9 @@ def step_terms(
 def evaluation_range(shape: RunShape, speed: Speed) -> Range:
     """Seconds of all held-out evaluations of a run."""
     model = model_shape(shape.case.model)
-    return _sampling_s(shape.evaluation, shape, model, speed).times(shape.num_evaluations)
+    by_transformers = replace(shape, vllm=None)
+    batch = _sampling_s(shape.evaluation, by_transformers, model, speed)
+    return batch.times(shape.num_evaluation_batches)
 
 
 def step_range(terms: dict[str, Range]) -> Range:
@@ -223,14 +227,16 @@ def _head_s(
 
 def _sampling_s(rollouts: RolloutShape, shape: RunShape, model: ModelShape, speed: Speed) -> Range:
     """Prompts, then one token after another; rows end early, at the earliest after a third."""
-    if rollouts.num_rows == 0:
+    if rollouts.sampled_tokens == 0:
         return Range(0.0, 0.0, 0.0)
+    # vLLM launches a step's kernels as one graph.
+    num_launches = 2 * model.num_layers if shape.vllm is None else 0
     prompts = rollouts.num_contexts * rollouts.prompt_tokens
     prefill = _forward_s(shape, model, speed, prompts, rollouts.prompt_tokens, 1, 1)
     sequential = rollouts.sampled_tokens + rollouts.resampled_tokens
     read_bytes = Precision.of(shape.case).compute * model.num_parameters
     per_token = [
-        max(read_bytes / rate, 2 * model.num_layers * launch)
+        max(read_bytes / rate, num_launches * launch)
         + 2 * rollouts.num_rows * model.num_parameters / flops
         for rate, launch, flops in zip(
             speed.bytes_per_s, speed.layer_launch_s, speed.matrix_flops, strict=True
@@ -240,6 +246,15 @@ def _sampling_s(rollouts: RolloutShape, shape: RunShape, model: ModelShape, spee
         *(s * sequential * seconds for s, seconds in zip((0.3, 0.6, 1.0), per_token, strict=True))
     )
     return prefill.plus(decode)
+
+
+def _scoring_s(shape: RunShape, model: ModelShape, speed: Speed) -> Range:
+    """The forwards without gradient in which TRL scores a generation before it is trained on."""
+    rollouts, case = shape.rollouts, shape.case
+    num_passes = int(rollouts.is_scored) + int(shape.compares_reference)
+    row = case.prompt_tokens + case.completion_tokens
+    forward = _forward_s(shape, model, speed, rollouts.num_rows * row, row, 1, 1)
+    return forward.times(num_passes)
 
 
 def _shares(shape: RunShape) -> tuple[float, float, float]:

@@ -31,3 +31,11 @@ def test_simulated_peaks_are_within_5_percent_of_measured_ones():
     teachers = {row["case"].get("teacher", "ema") for row in rows if row["case"].get("num_sites")}
     assert executors == {"separate", "packed"}
     assert teachers == {"live", "ema", "frozen"}
+
+
+def test_what_settings_add_to_a_step_is_within_7_percent_of_whole_runs():
+    rows = page.stored("runs")
+    assert {row["phase"] for row in rows} == {"backward", "diagnostics", "rollout", "scoring"}
+    for row in rows:
+        error = row["planned_gib"] / row["measured_gib"] - 1
+        assert abs(error) <= STATED_ERROR, row["options"]

@@ -155,3 +155,26 @@ def test_an_adapter_as_the_change_keeps_the_teacher_or_says_otherwise(planned, m
     assert changed.teacher == "live"
     again = planned(changed, machine(), on="modal", gpu=parse_gpu("A100-80GB"))
     assert f"({again.chosen.memory.peak_gib:.1f} of" in plan.cheaper_fit
+
+
+@pytest.mark.parametrize(("hours", "retries"), [(1, 0), (100, 0), (100, 2)])
+def test_a_call_is_never_expected_to_cost_more_than_its_worst(hours, retries, planned, machine):
+    """A run of 100 hours ends no call of a day: what is asked about is that call."""
+    config = load_config(None, ["model=shape:qwen2.5-0.5b", f"grpo.max_steps={hours * 1000}",
+                                f"modal.retries={retries}"])  # fmt: skip
+    for candidate in planned(config, machine(), on="modal").candidates:
+        assert 0 < candidate.call_usd <= candidate.worst_usd
+        if candidate.ends_in_one_call:
+            assert candidate.call_usd == pytest.approx(candidate.expected_usd)
+
+
+def test_ram_is_asked_for_each_cards_weights_and_never_more_than_modal_gives(planned, machine):
+    def asked(*overrides, gpu="H100"):
+        config = load_config(None, ["model=shape:qwen2.5-7b", "lora.r=8", *overrides])
+        plan = planned(config, machine(), on="modal", gpu=parse_gpu(gpu))
+        return plan.candidates[0].memory_request_gib
+
+    assert asked() == pytest.approx(1.5 * 14.2, rel=0.02)
+    assert asked(gpu="H100:4") == pytest.approx(4 * asked())
+    assert asked("grpo.model_init_kwargs={dtype='float32'}", gpu="H100:8") == 336
+    assert asked("modal.memory_gib=20") == 20
