@@ -67,10 +67,12 @@ LIMITS = """## What this can and cannot show
   new. Nothing of everyday replies is in training; their loss says what else was lost.
 - At T = 1 this model writes prose or code at most prompts (2 nats a token): in one trial of other
   settings (log.md) 8 % were right after training. Greedy figures are what a user of it would see.
-- The settings were found on one drift, whose four tools want their first call right. Other drifts
-  are below its table, one seed each and nothing tuned for them. A rule that takes a second turn
-  (`read_first`) was not learned there: rollouts came to call `read` first, but `read` has a rule of
-  its own in that drift, and is not among the four tools.
+- The settings were found on one drift, whose four tools want their first call right, and 90 % is a
+  figure of that drift. Others are below its table, one seed each and nothing tuned for them: all
+  three channels stay far below 90 % on each, while the base and GRPO are at 0 %. Learning is not
+  done there after 16 steps, and what one tool learns spreads to the others. A rule that takes a
+  second turn (`read_first`) was not learned: rollouts came to call `read` first, but `read` has a
+  rule of its own in that drift, and is not among the four tools.
 - GRPO + SDPO learns three of the four rules, and in no seed the fourth, a flag that `delete` wants
   added: every one of its failures there is the missing flag. Pairs teach it. So both channels are
   needed here, as the task was built to ask.

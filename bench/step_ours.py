@@ -144,6 +144,25 @@ def reference_step(setting: Setting, workload: Workload, seed: int) -> Reference
     )
 
 
+def rounding_errors(setting: Setting, reference: Reference) -> dict[str, float]:
+    """How far the reference's gradients are from fp32 ones: its forwards were in half precision.
+
+    Of each set of channels, all gradients as one vector; log-probs of sampler and reference are the
+    same. Call it outside autocast.
+    """
+    setting.model.zero_grad(set_to_none=True)
+    errors: dict[str, float] = {}
+    for channels, expected in reference.grads.items():
+        step = OurStep("separate", setting, score_separately, tuple(channels.split("+")))
+        rollouts = Workload(reference.workload.rollouts, (), ())
+        whole = rollouts if channels == "grpo" else reference.workload
+        for part in whole.parts(1):
+            step.loss(part).backward()
+        errors[channels] = whole_gradient_error(expected, gradients(setting, copy=False))
+        setting.model.zero_grad(set_to_none=True)
+    return errors
+
+
 def gradients(setting: Setting, *, copy: bool) -> list[Tensor]:
     """Of each parameter that trains, in order; an unused one has zeros."""
     grads = [

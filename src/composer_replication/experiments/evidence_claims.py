@@ -25,8 +25,8 @@ LEARNED = 0.50
 FORGETTING_POINTS = 5.0
 TOKENS_SHARE = 0.25
 
-Found = Mapping[tuple[str, str], Cell]
-"""Cells of the shipped drift by task and arm."""
+Found = Mapping[tuple[str, str, int], Cell]
+"""Cells by task, arm and drift; 0 is the shipped drift."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def tokens_to_reach(cell: Cell, other: Cell) -> list[float]:
 
 
 def _found(cells: Sequence[Cell]) -> Found:
-    return {(cell.task, cell.arm): cell for cell in cells if cell.drift == 0}
+    return {(cell.task, cell.arm, cell.drift): cell for cell in cells}
 
 
 def _fresh(cells: Sequence[Cell]) -> Iterator[Cell]:
@@ -127,7 +127,7 @@ def _success(arm: str) -> Callable[[Found], Measured | None]:
     """Greedy success of an arm of task A."""
 
     def measure(found: Found) -> Measured | None:
-        cell = found.get(("api_drift", arm))
+        cell = found.get(("api_drift", arm, 0))
         if cell is None:
             return None
         return Measured(interval_text(cell.rate()), cell.rate(), len(cell.results))
@@ -135,8 +135,20 @@ def _success(arm: str) -> Callable[[Found], Measured | None]:
     return measure
 
 
+def _other_drifts(found: Found) -> Measured | None:
+    """The same, each drift that the settings were not found on for one value."""
+    cells = [c for (_, arm, drift), c in sorted(found.items()) if arm == "all" and drift]
+    if not cells:
+        return None
+    rates = [cell.rate()[0] for cell in cells]
+    each = ", ".join(f"{rate:.0%}" for rate in rates)
+    num_seeds = max(len(cell.results) for cell in cells)
+    interval = sum(rates) / len(rates), min(rates), max(rates)
+    return Measured(f"{each} (by drift)", interval, num_seeds)
+
+
 def _success_without_pairs(found: Found) -> Measured | None:
-    cell = found.get(("api_drift", "sdpo"))
+    cell = found.get(("api_drift", "sdpo", 0))
     if cell is None:
         return None
     covered = {tool for result in cell.results for tool in result["pair_tools"]}
@@ -147,7 +159,7 @@ def _success_without_pairs(found: Found) -> Measured | None:
 
 def _points_lost(found: Found) -> Measured | None:
     """Old convention, base less all three channels, seed by seed: both have the same prompts."""
-    base, everything = found.get(("api_drift", "base")), found.get(("api_drift", "all"))
+    base, everything = found.get(("api_drift", "base", 0)), found.get(("api_drift", "all", 0))
     if base is None or everything is None:
         return None
     lost = [
@@ -165,7 +177,7 @@ def _points_lost(found: Found) -> Measured | None:
 
 
 def _tokens_share(found: Found) -> Measured | None:
-    grpo, everything = found.get(("call_format", "grpo")), found.get(("call_format", "all"))
+    grpo, everything = found.get(("call_format", "grpo", 0)), found.get(("call_format", "all", 0))
     shares = [] if grpo is None or everything is None else tokens_to_reach(everything, grpo)
     if not shares:
         return None
@@ -183,6 +195,7 @@ CLAIMS: Sequence[Claim] = (
         _success("grpo"),
     ),
     Claim(f"three channels reach {ALL_AT_LEAST:.0%}", ALL_AT_LEAST, "at least", _success("all")),
+    Claim("the same on other drifts, untuned", ALL_AT_LEAST, "at least", _other_drifts),
     Claim(
         f"+SDPO learns rules that no pair covers ({LEARNED:.0%} of their prompts)",
         LEARNED,

@@ -49,8 +49,8 @@ def claims(*results):
     """Words of each claim -> its other columns: measured, seeds, holds, fresh seeds."""
     groups = {}
     for one in results:
-        groups.setdefault((one["task"], one["arm"]), []).append(one)
-    lines = claims_table([cell(arm, *group) for (_, arm), group in groups.items()])
+        groups.setdefault((one["task"], one["drift"], one["arm"]), []).append(one)
+    lines = claims_table([Cell(*key, tuple(group)) for key, group in groups.items()])
     rows = [[column.strip() for column in line.strip("|").split("|")] for line in lines[2:]]
     return {words: columns for words, *columns in rows}
 
@@ -158,6 +158,19 @@ def test_the_old_convention_is_compared_seed_by_seed():
     rows += [result("all", seed=3, old=0.0)]  # its base is not measured
     # Means over seeds would lose 0.70 - 0.45 = 25 points.
     assert claims(*rows)[OLD][:2] == ["10 points (10 to 10)", "3"]
+
+
+def test_other_drifts_are_judged_apart_and_move_no_other_claim():
+    rows = [many("all", (1, 1, 1, 1), drift=drift) for drift in (0, 4)]
+    rows += [many("all", (1, 0, 1, 0), drift=7), many("grpo", (1, 1, 1, 1), drift=7)]
+    found = claims(*rows)
+    assert found["the same on other drifts, untuned"][:3] == [
+        "100%, 50% (by drift)",
+        "1",
+        "not by its mean",
+    ]
+    assert found["three channels reach 90%"][2] == "yes"
+    assert found["GRPO alone stays at or under 10%"][2] == "not measured"
 
 
 def test_seeds_from_before_the_last_settings_are_not_among_the_fresh_ones():
