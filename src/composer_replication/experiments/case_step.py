@@ -225,16 +225,21 @@ def _enable_checkpoints(lm: PreTrainedModel) -> None:
 
 def materialize(model: nn.Module) -> None:
     """Give each weight and buffer of the meta device memory, tied ones once."""
+    remake(model, lambda tensor: tensor.is_meta)
+
+
+def remake(model: nn.Module, is_due: Callable[[Tensor], bool]) -> None:
+    """Make weights and buffers anew, without their values; tied weights once."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in module._parameters.items():
-            if weight is not None and weight.is_meta:
+            if weight is not None and is_due(weight):
                 if id(weight) not in made:
                     values = torch.empty(weight.shape, dtype=weight.dtype)
                     made[id(weight)] = nn.Parameter(values, requires_grad=weight.requires_grad)
                 module._parameters[name] = made[id(weight)]
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
+            if buffer is not None and is_due(buffer):
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 

@@ -11,17 +11,20 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from composer_replication.batch.collate import StepTensors
 from composer_replication.errors import ConfigError, ModelError
-from composer_replication.experiments.case_step import CaseStep, case_policy, case_tensors
+from composer_replication.experiments.case_step import CaseStep, case_policy, case_tensors, remake
 from composer_replication.experiments.fake_floats import FakeFloatsMemory
 from composer_replication.experiments.step_phases import OPTIMIZER, StepPhases, Stretch
+from composer_replication.losses.divergence import blocks_of
 from composer_replication.losses.head import alike_tiles_skipped
 from composer_replication.planner.layer_memory import keeps_scores
 from composer_replication.planner.memory import MemoryEstimate
 from composer_replication.planner.run_memory import Predictor
 from composer_replication.planner.step_case import StepCase
+from composer_replication.training.teacher import CopyTeacher
 from composer_replication.training.tensor_memory import TensorMemory
 from composer_replication.units import gib
 
@@ -49,7 +52,7 @@ def simulate(case: StepCase) -> MemoryEstimate:
         )
     tensors = case_tensors(case)
     shallow_depth, deep_depth = _two_depths(case)
-    with warnings.catch_warnings(), alike_tiles_skipped():
+    with warnings.catch_warnings(), alike_tiles_skipped(), blocks_of(case.device_type):
         # Copying a teacher asks each tensor for its address, and copes without one.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         shallow, deep = (
@@ -113,6 +116,9 @@ def _trace(
     """The peaks of one step after a first one, on the tensors that `memory` computes with."""
     with memory:
         built = CaseStep(case, tensors, policy)
+        if isinstance(built.teacher, CopyTeacher):
+            # A view of a deep copy of a fake tensor has a storage of its own, and would count.
+            remake(built.models()[1], lambda tensor: isinstance(tensor, FakeTensor))
         persistent = built.persistent_bytes()
         phases = StepPhases(memory)
         for model in built.models():

@@ -16,7 +16,9 @@ sum to 1, and each of which is >= 0:
 The second line is beta t log(t/m) + (1 - beta) p log(p/m) with m / max(p, t) = 1 + u.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,10 @@ for each other once per operation: a call of 3 s then takes 80 s."""
 
 _GPU_BLOCK_ELEMENTS = 2**24
 """64 MiB of fp32 per temporary: enough work per kernel to hide its launch."""
+
+_BLOCK_ELEMENTS = {"cpu": _CPU_BLOCK_ELEMENTS, "cuda": _GPU_BLOCK_ELEMENTS}
+_BLOCKS_OF: ContextVar[str | None] = ContextVar("blocks_of", default=None)
+"""Kind of device whose blocks are taken; None: that of the logits. See `blocks_of`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +120,23 @@ class DivergenceOptions:
         return self.top_k + int(self.tail)
 
 
+@contextmanager
+def blocks_of(device_type: str) -> Generator[None]:
+    """Within it, blocks are those of a `cpu` or a `cuda` device, wherever the logits are.
+
+    For a simulation, whose tensors claim to be on the CPU.
+    """
+    token = _BLOCKS_OF.set(device_type)
+    try:
+        yield
+    finally:
+        _BLOCKS_OF.reset(token)
+
+
 def blocks(logits: Float[Tensor, "n V"]) -> Iterator[slice]:
     """Slices of rows whose logits fill one block of elementwise work each."""
-    num_elements = _CPU_BLOCK_ELEMENTS if logits.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
+    device_type = _BLOCKS_OF.get() or logits.device.type
+    num_elements = _BLOCK_ELEMENTS.get(device_type, _GPU_BLOCK_ELEMENTS)
     return tiles(logits.shape[0], max(1, num_elements // logits.shape[1]))
 
 

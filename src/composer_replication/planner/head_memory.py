@@ -49,7 +49,7 @@ class HeadMemory:
 
     def backward_bytes(self, forward: Forward) -> int:
         """Tiles of the backward and the fp32 sum of the head's gradient."""
-        rows_grad = forward.num_scored * FP32 * self.hidden
+        rows_grad = self.rows_gradient_bytes(forward)
         if not self.is_trained and forward.is_divergence and not forward.tree_parts:
             # The forward has kept the gradient of the hidden rows already.
             return rows_grad
@@ -63,6 +63,10 @@ class HeadMemory:
             else self._tiles(forward)
         )
         return gradient + rows_grad + max(tiles, in_weight_precision)
+
+    def rows_gradient_bytes(self, forward: Forward) -> int:
+        """The gradient of the scored hidden rows."""
+        return forward.num_scored * FP32 * self.hidden
 
     def _tiles(self, forward: Forward) -> int:
         rows = min(_TILE_ROWS[self.device_type], max(forward.num_scored, 1))

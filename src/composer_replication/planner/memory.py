@@ -215,6 +215,9 @@ def _walk_back(
         tokens = forward.num_tokens
         yield "backward", held + waiting + head.backward_bytes(forward)
         held -= head.saved_bytes(forward)
+        if waiting and case.device_type == "cpu":
+            # Autograd adds to what waits in place, but not while tensors are counted, as on a CPU.
+            yield "backward", held + waiting + 2 * grads.head + head.rows_gradient_bytes(forward)
         is_first = forward is forwards[-1] and waiting == 0
         # A tied head's gradient waits for the embedding's in any case.
         head_waits = is_first and (waits or shape.is_tied)

@@ -26,6 +26,7 @@ QWEN2 = {
     "tie_word_embeddings": True, "initializer_range": 0.02,
 }  # fmt: skip
 LLAMA = QWEN2 | {"model_type": "llama", "tie_word_embeddings": False}
+WIDE_HEAD = QWEN2 | {"hidden_size": 256, "vocab_size": 8192}
 GEMMA3 = QWEN2 | {
     "model_type": "gemma3_text", "head_dim": 16, "sliding_window": 16,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -51,6 +52,9 @@ BF16_LORA = {"lora_r": 4, "weights_dtype": "bfloat16", "autocasts": True}
         (QWEN2, {"teacher": "live", "executor": "packed"}),
         (LLAMA, {"autocasts": True, "checkpoints": True, "executor": "packed"}),
         (QWEN2, {"teacher": "frozen", "executor": "packed", **TURNS}),
+        # The largest is the head with the teacher's beside it, which is a copy.
+        (WIDE_HEAD, {"num_rollouts": 0, "num_pairs": 0, "state_tokens": 200,
+                     "executor": "packed", "accumulates": True}),
     ],
 )  # fmt: skip
 def test_two_shallow_fakes_give_what_the_deep_step_holds(model, options):
@@ -104,6 +108,16 @@ def test_a_gpus_larger_tiles_of_the_head_are_simulated():
     on_cpu, on_gpu = (simulate(replace(case, device_type=kind)) for kind in ("cpu", "cuda"))
     more_gib = on_gpu.phases_gib["loss"] - on_cpu.phases_gib["loss"]
     assert more_gib == pytest.approx(gib((512 - 64) * 8192 * 4 * 2), rel=0.05)
+
+
+def test_a_gpus_larger_blocks_of_a_divergence_are_simulated():
+    """Of 8,192 entries a CPU's block holds 512 rows in 7 arrays, and a GPU's all 600 of these."""
+    rows = {"num_sites": 1, "state_tokens": 4, "hint_tokens": 1, "action_tokens": 600}
+    model = QWEN2 | {"vocab_size": 8192}
+    case = StepCase(model, teacher="live", executor="packed", **rows)
+    on_cpu, on_gpu = (simulate(replace(case, device_type=kind)) for kind in ("cpu", "cuda"))
+    more_gib = on_gpu.phases_gib["loss"] - on_cpu.phases_gib["loss"]
+    assert more_gib == pytest.approx(gib((600 - 512) * 8192 * 4 * 7), rel=0.02)
 
 
 @pytest.mark.parametrize("executor", ["packed", "separate"])
