@@ -16,6 +16,7 @@ from composer_replication.experiments.evaluated_model import load_evaluated_mode
 from composer_replication.experiments.evaluation_report import EvaluationReport
 from composer_replication.experiments.task_registry import write_task
 from composer_replication.launch.records import load_records
+from composer_replication.planner.calibration import measured_runs
 from composer_replication.runs.summary import Summary
 
 
@@ -77,11 +78,16 @@ def test_two_models_on_the_same_prompts(saved, capsys, tmp_path):
         "episodes_after.jsonl",
         "episodes_before.jsonl",
         "evaluation.json",
+        "planned.json",
         "schema.json",
         "summary.json",
     ]
     summary = Summary.model_validate_json((tmp_path / "out/summary.json").read_text())
     assert (summary.status, summary.model) == ("passed", report.model.label)
+    played_s = [model.seconds - model.load_seconds for model in (report.model, report.against)]
+    assert summary.median_step_s == pytest.approx(sum(played_s) / 2, abs=0.1)
+    (measured,) = measured_runs(tmp_path / "out")
+    assert (measured.verb, measured.model.split()[0]) == ("evaluate", "llama")
     asked = tomllib.loads((tmp_path / "out/config.toml").read_text())["evaluate"]
     assert (asked["task"], asked["episodes"], asked["seed"]) == ("call_format", 3, 0)
     assert json.loads((tmp_path / "out/evaluation.json").read_text()) == json.loads(printed.out)
@@ -142,7 +148,9 @@ def test_an_evaluation_that_was_killed_measures_what_is_missing(saved, capsys, m
     assert evaluate(saved("b"), flags.replace("--out out", "--out whole")) == 0
     whole = json.loads(capsys.readouterr().out)
     for report in (resumed, whole):
-        report["total_s"] = report["model"]["seconds"] = report["against"]["seconds"] = 0
+        report["total_s"] = 0
+        for model in (report["model"], report["against"]):
+            model["seconds"] = model["load_seconds"] = 0
     assert resumed == whole
     for name in ("after", "before"):
         episodes = f"episodes_{name}.jsonl"
@@ -157,7 +165,7 @@ def test_a_process_of_its_own_finds_the_same(saved, capfd, monkeypatch):
     assert evaluate(saved("a"), there) == 0
     found = json.loads(capfd.readouterr().out)
     for report in (here, found):
-        report["total_s"] = report["model"]["seconds"] = 0
+        report["total_s"] = report["model"]["seconds"] = report["model"]["load_seconds"] = 0
     assert found == here
     (record,) = load_records(Path("runs"))
     assert (record.verb, record.where, record.status) == ("evaluate", "local", "passed")

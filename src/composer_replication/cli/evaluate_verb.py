@@ -70,12 +70,14 @@ def _evaluate_here(
     from rich.console import Console
 
     from composer_replication.experiments.evaluation import check_models, run_evaluation
+    from composer_replication.experiments.planned_evaluation import write_planned_evaluation
     from composer_replication.launch.job import Job, new_job_id
 
     check_models(request)
     progress = Console(stderr=True)
 
     def run_it(run: "RunDirectory") -> "Summary":
+        write_planned_evaluation(request, run)
         report = run_evaluation(
             request, run.path, lambda text: progress.print(text, highlight=False, soft_wrap=True)
         )
@@ -117,13 +119,21 @@ def _config_text(table: Mapping[str, object]) -> str:
 
 
 def _summary(report: "EvaluationReport") -> "Summary":
-    """How the evaluation ended; its figures are in the report."""
+    """How the evaluation ended; its figures are in the report, its seconds calibrate plans."""
+    from statistics import fmean
+
     from composer_replication.runs.summary import Summary
 
+    models = [report.model] if report.against is None else [report.against, report.model]
+    load_s = [model.load_seconds or 0.0 for model in models]
+    played_s = [model.seconds - load for model, load in zip(models, load_s, strict=True)]
     return Summary(
         status="passed",
         model=report.model.label,
         device=report.device,
+        # Its steps are its models.
+        median_step_s=round(fmean(played_s), 1),
+        phases_s={"load": round(sum(load_s), 1), "rollout": round(sum(played_s), 1)},
         total_s=report.total_s,
         notes=["The figures are in evaluation.json."],
     )

@@ -13,7 +13,6 @@ from composer_replication.errors import InputError
 
 if TYPE_CHECKING:
     from composer_replication.experiments.evaluation import EvaluationRequest
-    from composer_replication.planner.evaluation_shape import EvaluationSize
 
 NOT_IN_IMAGE = {"reasoning_gym": "the package reasoning-gym"}
 """Tasks whose packages the image does not hold."""
@@ -41,6 +40,7 @@ def evaluate_on_modal(
         larger_model,
         pack_evaluation,
     )
+    from composer_replication.experiments.planned_evaluation import evaluation_size
     from composer_replication.launch.bundle import Bundle
     from composer_replication.planner.hardware import parse_gpu
 
@@ -68,25 +68,9 @@ def evaluate_on_modal(
     models = [asked.model] if asked.against is None else [asked.against, asked.model]
     config = load_config(None, [*asked.modal, f'name="{name}"'])
     config = config.model_copy(update={"model": larger_model(models)})
-    plan = plan_on_modal("evaluate", options, config, _size(request, len(models)))
+    plan = plan_on_modal("evaluate", options, config, evaluation_size(request))
     return send_to_modal("evaluate", options, config, plan, Bundle(there.arguments(), packed.files))
 
 
 def _note(text: str) -> None:
     sys.stderr.write(f"note    {text}\n")
-
-
-def _size(request: "EvaluationRequest", num_models: int) -> "EvaluationSize":
-    from composer_replication.experiments.forgetting_probe import old_convention_rows
-    from composer_replication.planner.evaluation_shape import EvaluationSize
-
-    data = request.data
-    # Greedy, sampled, and where the task replaced a convention, greedy under that.
-    plays_old = bool(old_convention_rows(data.task, data.prompts))
-    return EvaluationSize.of(
-        data.prompts,
-        num_models=num_models,
-        episodes_a_prompt=1 + request.num_samples + plays_old,
-        max_turns=data.max_turns,
-        max_action_tokens=data.max_action_tokens,
-    )

@@ -173,6 +173,7 @@ def _measure(
     started_s = time.perf_counter()
     say(f"{given}: loading")
     loaded = load_evaluated_model(model_place(given, say), say)
+    load_s = time.perf_counter() - started_s
     data, model = request.data, cast(nn.Module, loaded.model)
     greedy = _play(loaded, data, data.prompts, say, given, decoding="greedy")
     sampled = _play(
@@ -205,6 +206,7 @@ def _measure(
             text.nats_per_token, text.num_tokens, None if old is None else played(old)
         ),
         seconds=round(time.perf_counter() - started_s, 1),
+        load_seconds=round(load_s, 1),
     )
     write_text_atomically(_figures_path(folder, name), _FIGURES.dump_json(figures).decode())
     return figures

@@ -86,6 +86,8 @@ class ModelFigures:
     forgetting: Forgetting
     seconds: float
     """Load and all measurements."""
+    load_seconds: float | None = None
+    """Of these the load; null where it was not measured."""
 
 
 @dataclass(frozen=True, config=_CONFIG)

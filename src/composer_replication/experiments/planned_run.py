@@ -8,6 +8,7 @@ from composer_replication.config.run_config import RunConfig
 from composer_replication.errors import InputError
 from composer_replication.experiments.trainer_setup import device, device_label
 from composer_replication.planner.candidate import Candidate, Place
+from composer_replication.planner.evaluation_shape import EvaluationSize
 from composer_replication.planner.local_machine import LocalCard, LocalMachine, this_machine
 from composer_replication.planner.memory import predict
 from composer_replication.planner.places import cpu_place
@@ -39,17 +40,29 @@ def write_planned(
         may well work.
     """
     try:
-        candidate = _candidate(config, verb, model_spec)
+        candidate = planned_here(config.model_copy(update={"model": model_spec}), verb)
     except InputError:
         return None
-    if candidate is None:
-        return None
+    if candidate is not None:
+        write_plan(candidate, run, verb, model_spec)
+    return candidate
+
+
+def write_plan(candidate: Candidate, run: RunDirectory, verb: RunVerb, model: str) -> None:
+    """Write `planned.json`.
+
+    Args:
+        candidate: the prediction for this device.
+        run: gets the file.
+        verb: that runs it.
+        model: by which later plans know runs of it.
+    """
     run.write_json(
         PLANNED_FILE,
         {
             "verb": verb,
             "device": device_label(),
-            "model": model_spec,
+            "model": model,
             "planned_on": datetime.now(UTC).date().isoformat(),
             **candidate_answer(candidate).model_dump(),
             "peak_tensor_gib": candidate.memory.peak_tensor_gib,
@@ -57,7 +70,6 @@ def write_planned(
             "timeout_s": candidate.timeout_s,
         },
     )
-    return candidate
 
 
 def plan_misses(planned: Candidate | None, summary: Summary) -> list[str]:
@@ -82,12 +94,19 @@ def plan_misses(planned: Candidate | None, summary: Summary) -> list[str]:
     return found
 
 
-def _candidate(config: RunConfig, verb: RunVerb, model_spec: str) -> Candidate | None:
+def planned_here(
+    config: RunConfig, verb: RunVerb, *, evaluation: EvaluationSize | None = None
+) -> Candidate | None:
+    """The prediction for the device that this process computes on; None: an unknown card.
+
+    Raises:
+        InputError: a model or data that the formulas do not know.
+    """
     machine = this_machine()
     place = _this_place(machine)
     if place is None:
         return None
-    request = PlanRequest(config.model_copy(update={"model": model_spec}), verb=verb)
+    request = PlanRequest(config, verb=verb, evaluation=evaluation)
     planner = Planner(request, machine, prices=shipped_prices())
     return planner.candidate(place, request.config, predict)
 

@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from composer_replication.planner.data_shape import RecordLengths, prompt_lengths
 from composer_replication.planner.model_files import Settings
+from composer_replication.planner.model_shape import model_shape
 from composer_replication.planner.run_shape import RunShape
 from composer_replication.planner.sampling_shape import BATCH_SIZE, RolloutShape
 from composer_replication.planner.step_case import StepCase
@@ -53,6 +54,14 @@ class EvaluationSize:
             max_turns=max_turns,
             max_action_tokens=max_action_tokens,
         )
+
+
+def evaluated_kind(settings: Settings) -> str:
+    """What models of one architecture and size share, wherever their weights lie.
+
+    Example: `evaluated_kind(model_settings("smollm2-135m"))` -> `"llama 135M"`.
+    """
+    return f"{settings['model_type']} {model_shape(settings).num_parameters / 1e6:.0f}M"
 
 
 def evaluation_shape(

@@ -18,7 +18,7 @@ from composer_replication.planner.candidate import Candidate, Place, make_candid
 from composer_replication.planner.cost import SMOKE_BUDGET_USD, check_budget
 from composer_replication.planner.data_shape import DataShape, data_shape
 from composer_replication.planner.decision import EXIT_OVER_CAP, Decision, decide, next_cheaper
-from composer_replication.planner.evaluation_shape import evaluation_shape
+from composer_replication.planner.evaluation_shape import evaluated_kind, evaluation_shape
 from composer_replication.planner.local_machine import LocalMachine
 from composer_replication.planner.memory import predict
 from composer_replication.planner.model_files import (
@@ -86,7 +86,9 @@ class Planner:
         self.machine = machine
         self.prices = prices
         self._predictor = predictor
-        self._runs = list(runs)
+        # Steps that train say nothing of episodes that are played, nor these of them.
+        is_evaluation = request.evaluation is not None
+        self._runs = [run for run in runs if (run.verb == "evaluate") == is_evaluation]
         self._settings: dict[str, Settings] = {}
         self._data: DataShape | None = None
 
@@ -119,16 +121,22 @@ class Planner:
 
     def candidate(self, place: Place, config: RunConfig, predictor: Predictor) -> Candidate:
         """A configuration in a place."""
-        spec = self.model_spec(place, config)
+        model, shape = self.model_spec(place, config), self.shape(place, config)
+        measured_s: dict[str, float] = {}
+        if self.request.evaluation is not None:
+            # No phases: the load of an evaluation is that of as many models as it had.
+            model = evaluated_kind(shape.case.model)
+        else:
+            measured_s = phases_from(self._runs, device=place.name, model=model, where=place.where)
         return make_candidate(
             place,
-            self.shape(place, config),
+            shape,
             config.modal,
             self.prices,
             predictor=predictor,
-            factor=factor_from(self._runs, device=place.name, model=spec),
-            narrows=is_same_run(self._runs, device=place.name, model=spec),
-            measured_s=phases_from(self._runs, device=place.name, model=spec, where=place.where),
+            factor=factor_from(self._runs, device=place.name, model=model),
+            narrows=is_same_run(self._runs, device=place.name, model=model),
+            measured_s=measured_s,
         )
 
     def shape(self, place: Place, config: RunConfig) -> RunShape:

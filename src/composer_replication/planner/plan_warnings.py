@@ -48,6 +48,9 @@ def plan_warnings(
     if not any(candidate.is_calibrated for candidate in candidates):
         found.append(
             "Seconds are uncalibrated: a run on the device narrows them, or --probe for ten steps."
+            if request.evaluation is None
+            else "Seconds are uncalibrated: runs/ holds no evaluation of a model of this size on "
+            "these cards. The first one there narrows the next."
         )
     if any(candidate.place.where == "modal" for candidate in candidates):
         found.append(_credit_and_files(chosen or candidates[-1], prices))

@@ -93,7 +93,8 @@ def planner_report(folders: Sequence[Path]) -> PlannerReport:
     Raises:
         DataError: none of them holds such a run.
     """
-    runs = [measured for folder in folders for measured in measured_runs(folder)]
+    found = [measured for folder in folders for measured in measured_runs(folder)]
+    runs = [run for run in found if run.verb != "evaluate"]
     if not runs:
         raise DataError(
             f"{', '.join(map(str, folders))} holds no run with planned.json and a finished "
