@@ -56,16 +56,25 @@ def ask(options: argparse.Namespace, question: str) -> bool:
     Raises:
         InputError: nobody is there to answer and `--yes` was not given.
     """
+    refuse_nobody(options)
     if options.yes:
         return True
-    if options.json or not sys.stdin.isatty():
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def refuse_nobody(options: argparse.Namespace) -> None:
+    """A question needs somebody at a terminal, or `--yes`.
+
+    Raises:
+        InputError: there is neither.
+    """
+    if not options.yes and (options.json or not sys.stdin.isatty()):
         raise InputError(
             "Nobody is at a terminal to answer whether to spend, so nothing was sent. Give --yes "
             "to go ahead, or --dry-run to look at what would be."
         )
-    sys.stderr.write(f"{question} [y/N] ")
-    sys.stderr.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def carry_out_on_modal(

@@ -5,10 +5,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
-from composer_replication.cli.modal_calls import ask, carry_out_on_modal
+from composer_replication.cli.modal_calls import ask, carry_out_on_modal, refuse_nobody
 from composer_replication.cli.recorded_run import RUNS_FOLDER, open_run
+from composer_replication.cli.sweep_plan import NOTHING_SENT
 from composer_replication.cli.verb import Answer, Option
 from composer_replication.errors import BudgetError, ConfigError, InputError
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from composer_replication.launch.job import Job
     from composer_replication.planner.candidate import Candidate
     from composer_replication.planner.evaluation_shape import EvaluationSize
-    from composer_replication.planner.hardware import Gpu
     from composer_replication.planner.plan import Plan
 
 DRY_RUN_SCHEMA = 1
@@ -90,10 +90,10 @@ def send_to_modal(
     say = _sayer(options)
     _show(options, plan)
     worst = f"at most {chosen.worst_usd:.2f} USD"
+    check_can_spend(options)
     if not ask(options, f"Spend about {chosen.call_usd:.2f} USD, {worst}?"):
         say("Nothing was sent.")
         return ("{}", 0), None
-    _check_modal_installed()
     with open_run(options, config.name) as run:
         folder = run.path
     record = LaunchRecord(
@@ -164,8 +164,6 @@ def plan_on_modal(
     from composer_replication.planner.prices import current_prices
 
     gpu = None if options.gpu is None else parse_gpu(options.gpu)
-    if gpu is not None:
-        _refuse_without_bf16(gpu.gpu, config)
     request = PlanRequest(
         config=config,
         on="modal",
@@ -176,10 +174,9 @@ def plan_on_modal(
         evaluation=evaluation,
     )
     today = datetime.now(UTC).date()
-    # Steps that train say nothing of episodes that are played.
-    runs = measured_runs(RUNS_FOLDER) if evaluation is None else []
+    runs = measured_runs(RUNS_FOLDER)
     plan = make_plan(request, this_machine(), prices=current_prices(), today=today, runs=runs)
-    _refuse_no_place(plan, config)
+    _refuse_no_place(plan)
     return plan
 
 
@@ -201,29 +198,13 @@ def budget_usd(text: str) -> float:
     return check_budget(amount_usd)
 
 
-def _refuse_no_place(plan: "Plan", config: "RunConfig") -> None:
+def _refuse_no_place(plan: "Plan") -> None:
     from composer_replication.planner.decision import EXIT_OVER_CAP
 
     if plan.chosen is None:
         raised = BudgetError if plan.exit_code == EXIT_OVER_CAP else ConfigError
         change = f" {plan.cheaper_fit}" if plan.cheaper_fit is not None else ""
         raise raised(f"{plan.decision.reason}{change} Nothing was sent.")
-    if plan.chosen.place.gpu is not None:
-        _refuse_without_bf16(plan.chosen.place.gpu, config)
-
-
-def _refuse_without_bf16(card: "Gpu", config: "RunConfig") -> None:
-    loads = cast("object", config.grpo.get("model_init_kwargs"))
-    dtype = cast("dict[str, object]", loads).get("dtype") if isinstance(loads, dict) else None
-    for key, is_bf16 in (
-        ("grpo.bf16", config.grpo.get("bf16") is True),
-        ("grpo.model_init_kwargs.dtype", dtype == "bfloat16"),
-    ):
-        if is_bf16 and not card.has_bf16:
-            raise ConfigError(
-                f"{key} asks for bf16, and {card.name} has no bf16. Take an L4 or a newer card, or "
-                "leave it out."
-            )
 
 
 def with_limits(
@@ -266,6 +247,7 @@ def _dry_run(
     if not options.json:
         _show(options, plan)
         sys.stdout.write(to_json_text({"function": function}, indent=2) + "\n")
+        sys.stdout.write(NOTHING_SENT)
     return to_json_text(payload, indent=2), 0
 
 
@@ -289,13 +271,23 @@ def _sayer(options: argparse.Namespace) -> Callable[[str], None]:
     return say
 
 
-def _check_modal_installed() -> None:
+def check_can_spend(options: argparse.Namespace) -> None:
+    """Refuse what cannot go ahead before somebody is asked to spend, or a folder is made.
+
+    Raises:
+        InputError: nobody to ask, or no credentials.
+        MissingDependencyError: Modal's client is not installed.
+    """
     import importlib.util
 
     from composer_replication.errors import MissingDependencyError
 
+    refuse_nobody(options)
     if importlib.util.find_spec("modal") is None:
         raise MissingDependencyError(
             "--on modal needs the package modal, which is not installed. "
             'pip install "modal>=1.6,<1.7"; --dry-run needs neither it nor credentials.'
         )
+    from composer_replication.launch import modal_job
+
+    modal_job.check_credentials()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from composer_replication.cli.launched_job import end_orphans
 from composer_replication.cli.modal_calls import ask
 from composer_replication.cli.modal_members import ModalMembers
-from composer_replication.cli.modal_run import plan_on_modal, with_limits
+from composer_replication.cli.modal_run import check_can_spend, plan_on_modal, with_limits
 from composer_replication.cli.recorded_run import RUNS_FOLDER
 from composer_replication.cli.sweep_plan import (
     SweepBill,
@@ -89,6 +89,7 @@ def asks_for_sweep(options: argparse.Namespace, plan: SweepPlan, *, num_done: in
     print_plan(bill.plan, console, config_path=options.config, solved=[])
     print_sweep(plan, num_done, sys.stderr)
     each = f"each at most {bill.candidate.worst_usd:.2f}"
+    check_can_spend(options)
     question = f"Spend about {plan.expected_usd:.2f} USD, at most {plan.worst_usd:.2f} ({each})?"
     if ask(options, question):
         return True

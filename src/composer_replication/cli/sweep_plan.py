@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 SWEEP_PLAN_SCHEMA = 1
 
+NOTHING_SENT = "next    nothing was sent: the same without --dry-run asks before it spends\n"
+"""The end of a dry run on Modal."""
+
 
 @dataclass(frozen=True, slots=True)
 class SweepBill:
@@ -160,6 +163,7 @@ def show_sweep(
         print_sweep(plan, num_done, sys.stdout)
         if function is not None:
             sys.stdout.write(to_json_text({"function": function}, indent=2) + "\n")
+            sys.stdout.write(NOTHING_SENT)
     candidates = plan.candidates
     rows = [
         {
@@ -207,12 +211,26 @@ def print_sweep(plan: SweepPlan, num_done: int, stream: TextIO) -> None:
         known = "" if candidate is None else duration(candidate.wall_s)
         dollars = "" if candidate is None else f"${candidate.call_usd:.2f}"
         lines.append(f"{number:>5}   {member.name:<{width}}  {known:>8}  {dollars:>8}".rstrip())
-    lines.append(
-        f"cost    {plan.expected_usd:.2f} USD expected, {plan.worst_usd:.2f} at worst"
-        if plan.bill is not None
-        else "cost    0 USD"
-    )
+    if plan.bill is None:
+        lines.append("cost    0 USD")
+    else:
+        lines.append(f"cost    {plan.expected_usd:.2f} USD expected, {_worst(plan.bill)}")
     stream.write("\n".join(lines) + "\n")
+
+
+def _worst(bill: SweepBill) -> str:
+    """The most that the members may cost, and where that comes from."""
+    from composer_replication.planner.duration_text import duration
+
+    each = bill.candidate
+    attempts = f"{each.num_attempts} attempt{'s' * (each.num_attempts != 1)}"
+    worst = (
+        f"{bill.worst_usd:.2f} at worst: each member at most {each.worst_usd:.2f}, {attempts} of "
+        f"{duration(each.timeout_s)}"
+    )
+    if bill.budget_usd is None:
+        return f"{worst}; --budget USD caps them together"
+    return f"{worst}, all of them at most the cap of {bill.budget_usd:g}"
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

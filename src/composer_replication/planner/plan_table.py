@@ -72,7 +72,8 @@ def print_plan(
     console.print(_table(plan), crop=False)
     for warning in plan.warnings:
         line("note", warning)
-    line("prices", f"of {plan.prices_as_of}, USD; worst is every attempt at its time-out")
+    cap = "" if plan.budget_usd is None else f"; the cap on it is {plan.budget_usd:g}"
+    line("prices", f"of {plan.prices_as_of}, USD; worst is every attempt at its time-out{cap}")
     if chosen is not None and next_options is not None:
         line("next", _next_command(chosen, config_path, next_options))
 

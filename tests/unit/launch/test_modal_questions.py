@@ -2,11 +2,15 @@
 
 import json
 import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 from remote_cli import cli, ledger_of
 from terminal import Terminal
 
+from composer_replication.cli.modal_calls import refuse_nobody
+from composer_replication.errors import InputError
 from composer_replication.launch.ledger import Ledger
 from composer_replication.launch.records import load_records
 
@@ -31,6 +35,14 @@ def test_anything_but_yes_to_the_spending_question_sends_nothing(platform, workp
     assert platform.calls == []
     assert not (workplace / "runs").exists()
     assert not (workplace / "there").exists()
+
+
+def test_who_reads_json_is_not_asked_even_at_a_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    refuse_nobody(SimpleNamespace(yes=False, json=False))
+    refuse_nobody(SimpleNamespace(yes=True, json=True))
+    with pytest.raises(InputError, match="Give --yes to go ahead"):
+        refuse_nobody(SimpleNamespace(yes=False, json=True))
 
 
 def test_yes_to_the_spending_question_sends_what_was_asked_about(platform, workplace):

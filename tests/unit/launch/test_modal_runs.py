@@ -1,5 +1,6 @@
 """`--on modal` against a double of Modal's API that runs the remote body for real."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,11 +11,18 @@ from fake_modal import random_preemptions
 from grpclib import Status
 from remote_cli import cli, content_of, ledger_of
 
+from composer_replication.cli import modal_calls
 from composer_replication.launch.ledger import Ledger
 from composer_replication.launch.records import load_records
 
 TRAIN = ["train", "base.toml", "--on", "modal"]
 BEFORE_ANY_CALL = {"ClientHello", "EnvironmentGetOrCreate"}
+
+
+def spans_of(workplace, record):
+    """When the volume says each attempt began and ended."""
+    folder = workplace / "modal/volumes/composer-replication-runs/.attempts"
+    return json.loads((folder / f"{record.job_id}.json").read_text())
 
 
 def test_a_remote_run_leaves_the_run_directory_of_a_local_one(platform, workplace):
@@ -29,6 +37,9 @@ def test_a_remote_run_leaves_the_run_directory_of_a_local_one(platform, workplac
     assert account.reserved_usd == 0.0
     assert account.usd == record.cost_usd
     assert 0 < record.cost_usd < record.worst_usd
+    # The container is held before its body begins.
+    ((start_s, _),) = spans_of(workplace, record)
+    assert start_s < (workplace / "modal/containers/fc-1-1/started").stat().st_mtime
     assert json.loads((workplace / "there/summary.json").read_text())["cost_usd"] == (
         record.cost_usd
     )
@@ -85,7 +96,15 @@ def test_the_created_function_is_the_one_that_a_dry_run_prints(platform, workpla
     assert any(name.endswith("planner/modal_prices.json") for name in data)
 
 
-def test_a_preempted_run_ends_as_one_that_was_not_and_no_dollar_counts_twice(platform, workplace):
+def test_a_measured_run_gets_the_h100_that_was_asked_for_and_no_h200(workplace):
+    for verb, card in (("smoke", "H100!"), ("train", "H100")):
+        options = ["--on", "modal", "--gpu", "H100", "--dry-run", "--json"]
+        assert json.loads(cli(verb, "base.toml", *options).stdout)["function"]["gpu"] == card
+
+
+def test_a_preempted_run_ends_as_one_that_was_not_and_no_dollar_counts_twice(
+    platform, workplace, monkeypatch
+):
     assert cli("train", "base.toml", "--out", "here").returncode == 0
     platform.environment["STAND_IN_STEP_S"] = "0.4"
     platform.preemptions = random_preemptions(5, num_kills=3, most_rows=2, step_s=0.4)
@@ -97,20 +116,29 @@ def test_a_preempted_run_ends_as_one_that_was_not_and_no_dollar_counts_twice(pla
     held_s = record.cost_usd / record.usd_per_hour * 3600
     # What an attempt did after its last commit counts, too; one that died before its first one,
     # and so lived the shortest, left nothing to count it by.
-    volume = workplace / "modal/volumes/composer-replication-runs/.attempts"
-    num_seen = len(json.loads((volume / f"{record.job_id}.json").read_text()))
-    assert held_s >= sum(sorted(platform.inputs["fc-1"].billed_s)[4 - num_seen :])
+    spans = spans_of(workplace, record)
+    assert held_s >= sum(sorted(platform.inputs["fc-1"].billed_s)[4 - len(spans) :])
+    assert all(end > start for (_, end), (start, _) in itertools.pairwise(spans))
     assert ledger.total_usd() == record.cost_usd
-    platform.bill = {record.job_id: 0.25}
-    again = cli("runs", "fetch", record.job_id, platform=platform)
-    assert again.returncode == 0, again.stderr
-    assert ledger.total_usd() == 0.25  # the bill in place of the estimate, not beside it
+    # The bill in place of the estimate and not beside it; a low one when its hour is over.
+    least_usd, estimate_usd = 1e-9, record.cost_usd
+    for billed_usd, is_hour_over, usd in [
+        (0.25, False, 0.25),
+        (least_usd, False, estimate_usd),
+        (least_usd, True, least_usd),
+    ]:
+        monkeypatch.setattr(modal_calls, "_is_hour_over", lambda _, is_over=is_hour_over: is_over)
+        platform.bill = {record.job_id: billed_usd}
+        again = cli("runs", "fetch", record.job_id, platform=platform)
+        assert again.returncode == 0, again.stderr
+        assert ledger.total_usd() == usd
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
         ([], "Nobody is at a terminal to answer whether to spend, so nothing was sent."),
+        (["--json"], "Nobody is at a terminal to answer whether to spend, so nothing was sent."),
         (["--yes", "--budget", "0.01"], "0.01"),
         (["--yes", "--budget", "-1"], "a cap of 0 or less forbids every run"),
         (["--yes", "--gpu", "Z9"], "There is no GPU 'Z9'"),
@@ -140,6 +168,7 @@ def test_without_credentials_the_remedy_is_named_and_nothing_is_set_aside(workpl
     done = cli(*TRAIN, "--yes")
     assert done.returncode == 2
     assert "There are no Modal credentials on this machine. Run `modal setup`" in done.stderr
+    assert not (workplace / "runs").exists()
 
 
 def test_an_unreachable_modal_is_said_at_once_and_frees_what_was_set_aside(workplace):

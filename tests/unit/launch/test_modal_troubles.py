@@ -2,15 +2,19 @@
 
 import json
 import shutil
+import threading
 import time
+from pathlib import Path
 
 import pytest
+from grpclib import Status
 from modal._serialization import deserialize_data_format
 from remote_cli import cli, ledger_of
 
+from composer_replication.cli.modal_calls import note_sending, settle_without_result
 from composer_replication.launch.job import new_job_id
 from composer_replication.launch.ledger import Ledger
-from composer_replication.launch.records import load_records
+from composer_replication.launch.records import LaunchRecord, load_records
 
 TRAIN = ["train", "base.toml", "--on", "modal", "--out", "there", "--yes"]
 SWEEP = ["sweep", "base.toml", "--out", "s", "--on", "modal", "--yes"]
@@ -51,6 +55,12 @@ def test_what_nobody_can_ask_about_stays_set_aside(platform, workplace):
         record, ledger = ledger_of(workplace)
         assert (record.status, ledger.total_usd()) == ("running", record.worst_usd)
     platform.outage.clear()
+    platform.refusal = ("FunctionGetOutputs", Status.UNAUTHENTICATED, "the token was withdrawn")
+    refused = cli("runs", "fetch", record.job_id, platform=platform)
+    assert (refused.returncode, "does not accept the credentials" in refused.stderr) == (2, True)
+    record, ledger = ledger_of(workplace)
+    assert (record.status, ledger.total_usd()) == ("running", record.worst_usd)
+    platform.refusal = None
     assert cli("runs", "fetch", record.job_id, platform=platform).returncode == 0
     assert ledger_of(workplace)[0].status == "passed"
 
@@ -158,6 +168,28 @@ def test_a_call_whose_answer_was_lost_is_ended_and_counted(platform, workplace):
     assert ledger.total_usd() == record.cost_usd > 0
 
 
+def test_a_job_that_is_launched_again_keeps_what_its_earlier_calls_cost(workplace):
+    record = LaunchRecord(
+        job_id="a",
+        verb="train",
+        where="modal",
+        folder="a",
+        created_s=0.0,
+        usd_per_hour=3600.0,
+        worst_usd=5.0,
+        cost_usd=2.0,
+        ledger="a.ledger",
+    )
+    note_sending(record)
+    record.sent_s -= 3.0
+    settle_without_result(record)
+    assert 5.0 <= record.cost_usd < 6.0  # not from the job's first call on
+    for _ in range(2):
+        record.sent_s -= 100.0
+        settle_without_result(record)
+        assert record.cost_usd == 2.0 + record.worst_usd == Ledger(Path("a.ledger")).total_usd()
+
+
 def test_a_new_sweep_in_the_place_of_another_takes_none_of_its_results(platform, workplace):
     point = ["--grid", "alpha_sdpo=0.2"]
     assert cli(*SWEEP, *point, platform=platform).returncode == 0
@@ -172,8 +204,25 @@ def test_a_new_sweep_in_the_place_of_another_takes_none_of_its_results(platform,
 def test_members_wait_for_room_under_the_cap_that_others_leave(platform, workplace):
     grid = ["--grid", "alpha_sdpo=0,0.1,0.2"]
     answer = json.loads(cli(*SWEEP[:-1], *grid, "--dry-run", "--json").stdout)
-    cap = f"{2 * answer['plan']['worst_usd'] + 1e-3:.6f}"
+    cap = f"{2 * answer['plan']['worst_usd'] + 1e-4:.6f}"
+    go = workplace / "go"
+    trouble = {"STAND_IN_HANG_AT": "3", "STAND_IN_HANG_IN": "-0.1-", "STAND_IN_GO": str(go)}
+    platform.environment |= trouble
+
+    def let_go():
+        """When the third has had time to find that there is no room beside the one that hangs."""
+        end = time.monotonic() + 120
+        while not list((workplace / "s/members").glob("*-0.2-*/summary.json")):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert len(platform.inputs) == 2
+        go.touch()
+
+    watcher = threading.Thread(target=let_go)
+    watcher.start()
     done = cli(*SWEEP, *grid, "--budget", cap, platform=platform)
+    watcher.join()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 of 3 members passed" in done.stdout
     assert Ledger(workplace / "s/ledger.json").total_usd() < float(cap)
@@ -181,8 +230,11 @@ def test_members_wait_for_room_under_the_cap_that_others_leave(platform, workpla
 
 def test_both_attempts_of_a_member_share_one_deadline_and_one_worst_case(platform, workplace):
     platform.environment["STAND_IN_FAIL"] = '{"alpha_sdpo-0.2-": 9}'
-    done = cli(*SWEEP, "--grid", "alpha_sdpo=0.2", platform=platform)
-    assert done.returncode == 1
+    sweep = [*SWEEP, "--grid", "alpha_sdpo=0.2"]
+    answer = json.loads(cli(*sweep, "--dry-run", "--json").stdout)
+    cap = f"{answer['plan']['worst_usd'] + 1e-4:.6f}"
+    done = cli(*sweep, "--budget", cap, platform=platform)
+    assert done.returncode == 1, done.stderr
     sent = []
     for call in platform.inputs.values():
         data = platform.blobs.get(call.payload.args_blob_id, call.payload.args)

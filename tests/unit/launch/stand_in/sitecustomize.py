@@ -37,7 +37,7 @@ def run_train(config, run, console, *, resume=False):
     while step < config.grpo.get("max_steps", 4):
         step += 1
         time.sleep(float(os.environ.get("STAND_IN_STEP_S", "0")))
-        _meet_trouble(step)
+        _meet_trouble(step, run.path.name)
         value = (value * 1.37 + step) % 7
         run.append_metrics({"step": step, "loss": value, "reward": value / 7})
         print(f"step {step}", flush=True)
@@ -66,12 +66,13 @@ def run_smoke(config, run, console):
     return run_train(config, run, console)
 
 
-def _meet_trouble(step):
+def _meet_trouble(step, name):
     """`STAND_IN_..._AT` names the step at which the run hangs, runs out of memory or of room.
 
-    One that hangs goes on when the file `STAND_IN_GO` is there.
+    Those hang that have `STAND_IN_HANG_IN` in their name, until the file `STAND_IN_GO` is there.
     """
-    if step == int(os.environ.get("STAND_IN_HANG_AT", "0")):
+    hangs = os.environ.get("STAND_IN_HANG_IN", "") in name
+    if hangs and step == int(os.environ.get("STAND_IN_HANG_AT", "0")):
         if "STAND_IN_DEAF" in os.environ:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         Path(os.environ["HOME"], "hanging").touch()
