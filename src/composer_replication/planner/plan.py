@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Literal
 
+from composer_replication.config.grpo_keys import group_problem
 from composer_replication.config.run_config import RunConfig
 from composer_replication.config.smoke_defaults import with_smoke_defaults
 from composer_replication.errors import ConfigError
@@ -89,6 +90,8 @@ class Planner:
         # Steps that train say nothing of episodes that are played, nor these of them.
         is_evaluation = request.evaluation is not None
         self._runs = [run for run in runs if (run.verb == "evaluate") == is_evaluation]
+        self.cut_groups: dict[str, str] = {}
+        """Why a number of cards is no candidate: a step on them would cut a group of rollouts."""
         self._settings: dict[str, Settings] = {}
         self._data: DataShape | None = None
 
@@ -105,15 +108,24 @@ class Planner:
                 f"grpo.bf16 is true and {asked.gpu.name} has no bf16. Take an L4 or a newer card, "
                 "or set grpo.bf16 = false."
             )
-        found = [
-            self.candidate(place, config, self._predictor)
-            for place in places(self.machine, self.request.on, self.request.gpu)
-        ]
+        found: list[Candidate] = []
+        for place in places(self.machine, self.request.on, self.request.gpu):
+            problem = self._cut_groups(place, config)
+            if problem is None:
+                found.append(self.candidate(place, config, self._predictor))
+            else:
+                self.cut_groups[place.label] = problem
+        if not found:
+            raise ConfigError(next(iter(self.cut_groups.values())))
         is_one_card = self.request.gpu is not None or self.request.evaluation is not None
         if is_one_card or any(candidate.is_launchable for candidate in found):
             return found
         for place in [candidate.place for candidate in found if candidate.obstacle is None]:
-            several = (self.candidate(more, config, self._predictor) for more in more_cards(place))
+            several = (
+                self.candidate(more, config, self._predictor)
+                for more in more_cards(place)
+                if self._cut_groups(more, config) is None
+            )
             enough = next((candidate for candidate in several if candidate.fits), None)
             if enough is not None:
                 found.append(enough)
@@ -141,9 +153,7 @@ class Planner:
 
     def shape(self, place: Place, config: RunConfig) -> RunShape:
         """The run as numbers on that kind of device."""
-        device_type: Literal["cpu", "cuda"] = "cpu" if place.gpu is None else "cuda"
-        if self.request.fills_smoke_defaults:
-            config = with_smoke_defaults(config, device_type)
+        device_type, config = self._filled(place, config)
         spec = self.model_spec(place, config)
         if spec not in self._settings:
             self._settings[spec] = model_settings(spec)
@@ -167,6 +177,20 @@ class Planner:
             num_processes=max(place.num_gpus, 1),
             verb=self.request.verb,
         )
+
+    def _filled(self, place: Place, config: RunConfig) -> tuple[Literal["cpu", "cuda"], RunConfig]:
+        """The kind of device, and the configuration with the smoke's defaults for it."""
+        device_type: Literal["cpu", "cuda"] = "cpu" if place.gpu is None else "cuda"
+        if self.request.fills_smoke_defaults:
+            config = with_smoke_defaults(config, device_type)
+        return device_type, config
+
+    def _cut_groups(self, place: Place, config: RunConfig) -> str | None:
+        """Why a step on so many cards would cut a group of rollouts; None: it does not."""
+        _, config = self._filled(place, config)
+        if config.smoke.fixed_shapes is not None or self.request.evaluation is not None:
+            return None
+        return group_problem(config.grpo, max(place.num_gpus, 1))
 
     def model_spec(self, place: Place, config: RunConfig) -> str:
         """The run's model; without one, what a run takes on that device."""
@@ -248,7 +272,10 @@ def make_plan(
         cheaper_fit=change,
         prices_as_of=prices.as_of.isoformat(),
         budget_usd=budget,
-        warnings=plan_warnings(request, candidates, decision.chosen, machine, prices, today),
+        warnings=[
+            *plan_warnings(request, candidates, decision.chosen, machine, prices, today),
+            *(f"{label} is left out: {text}" for label, text in planner.cut_groups.items()),
+        ],
     )
 
 

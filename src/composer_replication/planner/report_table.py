@@ -6,19 +6,38 @@ from rich.text import Text
 
 from composer_replication.planner.run_reports import PlannerReport, Prediction, RunComparison
 
+_TITLES = {
+    "step_s": ("step", "s"),
+    "tensor_gib": ("tensors", "GiB"),
+    "wall_s": ("whole run", "s"),
+}
+"""What a reader calls each figure, and its unit."""
+
 
 def print_planner_report(report: PlannerReport, console: Console) -> None:
     """The median errors first, then a row for each run."""
     shown = ", ".join(
-        f"{name} {_percent(error)}" for name, error in report.median_absolute_error.items()
+        f"{_TITLES[name][0]} {_percent(error)}"
+        for name, error in report.median_absolute_error.items()
     )
-    console.print(Text(f"error   {shown} (median of {len(report.runs)} runs)"), soft_wrap=True)
-    table = _table("run", "device", "model", "step, s", "tensors, GiB", "whole run, s", "in range")
+    of = "one run" if len(report.runs) == 1 else f"median of {len(report.runs)} runs"
+    console.print(Text(f"error   {shown} ({of})"), soft_wrap=True)
+    figures = (f"{name}, {unit}" for name, unit in _TITLES.values())
+    table = _table("run", "device", "model", *figures, "planned for a step", "held")
     for run in report.runs:
         cells = [_pair(each) for each in (run.step_s, run.tensor_gib, run.wall_s)]
-        table.add_row(run.run, run.device, run.model, *cells, "yes" if run.is_in_range else "no")
+        low, high = run.planned_range_s
+        between = f"{_number(low)} to {_number(high)} s"
+        held = "yes" if run.is_in_range else "no"
+        table.add_row(run.run, run.device, run.model, *cells, between, held)
     console.print(table, crop=False)
-    console.print(Text("each    predicted / measured (error)"))
+    console.print(
+        Text(
+            "each    predicted / measured (error: -50% is half of what it took); held: the step's "
+            "median is within what was planned for it"
+        ),
+        soft_wrap=True,
+    )
 
 
 def print_comparison(report: RunComparison, console: Console) -> None:

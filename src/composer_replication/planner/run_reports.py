@@ -41,6 +41,8 @@ class PlannedRun(_Answer):
     """That was trained."""
     step_s: Prediction
     """Median seconds of a step."""
+    planned_range_s: tuple[float, float]
+    """The least and the most seconds of a step that the plan gave."""
     is_in_range: bool
     """Whether the median was within the plan's low and high."""
     tensor_gib: Prediction
@@ -202,6 +204,7 @@ def _planned_run(run: Measured) -> PlannedRun:
         device=run.device,
         model=run.model,
         step_s=_prediction(run.predicted_step_s.expected, run.median_step_s),
+        planned_range_s=(low, high),
         is_in_range=low <= run.median_step_s <= high,
         tensor_gib=_prediction(run.predicted_tensor_gib, run.peak_tensor_gib),
         wall_s=_prediction(run.predicted_wall_s, run.total_s),

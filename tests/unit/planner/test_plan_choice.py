@@ -178,3 +178,28 @@ def test_ram_is_asked_for_each_cards_weights_and_never_more_than_modal_gives(pla
     assert asked(gpu="H100:4") == pytest.approx(4 * asked())
     assert asked("grpo.model_init_kwargs={dtype='float32'}", gpu="H100:8") == 336
     assert asked("modal.memory_gib=20") == 20
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "num_cards", "places", "problem"),
+    [
+        (6, 9, 3, {3}, "RTX-5090 is left out: grpo.per_device_train_batch_size 6 x "),
+        (8, 8, 3, {1, 3}, None),
+        (4, 4, 1, {1}, None),
+    ],
+)
+def test_cards_on_which_a_step_would_cut_a_group_are_left_out(
+    rows, group, num_cards, places, problem, planned, machine
+):
+    config = load_config(None, ["model=shape:qwen2.5-0.5b", f"grpo.num_generations={group}",
+                                f"grpo.per_device_train_batch_size={rows}"])  # fmt: skip
+    plan = planned(config, machine(*["RTX-5090"] * num_cards), on="local")
+    assert {candidate.place.num_gpus for candidate in plan.candidates} == places
+    told = [warning for warning in plan.warnings if "is left out" in warning]
+    assert [warning.startswith(problem) for warning in told] == ([] if problem is None else [True])
+
+
+def test_groups_that_every_number_of_cards_would_cut_are_refused(planned, machine):
+    config = load_config(None, ["grpo.num_generations=7", "grpo.per_device_train_batch_size=4"])
+    with pytest.raises(ConfigError, match=r"Set grpo.per_device_train_batch_size = 7, or make"):
+        planned(config, machine("RTX-5090", "RTX-5090"), on="local")

@@ -1,4 +1,5 @@
 import json
+import re
 from importlib.resources import files
 
 import pytest
@@ -65,7 +66,9 @@ def test_two_runs_are_compared_figure_by_figure(runs):
 def test_the_command_prints_tables_and_one_object(runs, capsys):
     assert main(["report", "planner", str(runs)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("error   step_s 48%, tensor_gib 25%, wall_s 25% (median of 2 runs)")
+    start = "error   step 48%, tensors 25%, whole run 25% (median of 2 runs)"
+    assert lines[0].startswith(start)
+    assert any(re.search(r"  1 to 4 s +yes *$", line) for line in lines), lines
     assert main(["report", "compare", str(runs / "a"), str(runs / "b"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["schema"] == 1
 
