@@ -74,7 +74,9 @@ def _request(options: argparse.Namespace, config: object) -> "PlanRequest":
     from composer_replication.config.run_config import RunConfig
     from composer_replication.planner.hardware import parse_gpu
     from composer_replication.planner.plan import PlanRequest
+    from composer_replication.planner.run_shape import verb_of
 
+    run_config = cast(RunConfig, config)
     on = options.on or "all"
     if on not in _PLACES:
         raise InputError(f"--on is {on!r}; it says where. {nearest(on, _PLACES)}")
@@ -88,11 +90,12 @@ def _request(options: argparse.Namespace, config: object) -> "PlanRequest":
                 "number. Write for example --budget 5."
             ) from None
     return PlanRequest(
-        config=cast(RunConfig, config),
+        config=run_config,
         on=cast("On", on),
         gpu=None if options.gpu is None else parse_gpu(options.gpu),
         budget_usd=budget,
-        fills_smoke_defaults=options.config is None,
+        # A smoke alone runs without a file, in sizes that suit the device.
+        fills_smoke_defaults=options.config is None and verb_of(run_config) == "smoke",
     )
 
 

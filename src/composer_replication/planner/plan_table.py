@@ -143,7 +143,11 @@ def _dollars(candidate: Candidate) -> str:
 def _next_command(chosen: Candidate, config_path: Path | None, options: NextOptions) -> str:
     """What does as it was planned, quoted for a shell."""
     words = ["composer-replication", chosen.shape.verb]
-    words += [] if config_path is None else [str(config_path)]
+    if config_path is not None:
+        words.append(str(config_path))
+    elif chosen.shape.verb == "train":
+        # It takes a file, which may hold nothing but what `--set` says here.
+        words.append("CONFIG.toml")
     words += [word for override in options.overrides for word in ("--set", override)]
     if chosen.place.where == "modal":
         words += ["--on", "modal", "--gpu", chosen.place.label]

@@ -116,7 +116,7 @@ def run_shape(
     cut = group_problem(config.grpo, num_processes)
     if cut is not None and config.smoke.fixed_shapes is None:
         raise ConfigError(cut)
-    verb = verb or _verb(config)
+    verb = verb or verb_of(config)
     setting = _setting(config, settings, device_type, computes_bf16, has_flash)
     case = _with_rows(setting, config, data, verb)
     num_steps = _num_steps(config, data, verb, num_processes)
@@ -258,7 +258,7 @@ def _typical_share(config: RunConfig, case: StepCase, data: DataShape) -> float:
     return min(1.0, typical / longest)
 
 
-def _verb(config: RunConfig) -> RunVerb:
+def verb_of(config: RunConfig) -> RunVerb:
     """A run whose length `[grpo]` sets is a train run; any other is planned as a smoke."""
     is_train = any(key in config.grpo for key in ("max_steps", "num_train_epochs"))
     return "train" if is_train else "smoke"

@@ -170,6 +170,18 @@ def test_the_answer_comes_first_and_the_next_command_last(capsys):
     assert sum(line.startswith("->") for line in lines) == 1
 
 
+def test_a_train_run_without_a_file_has_no_sizes_of_a_smoke(capsys, tmp_path):
+    """`train` takes a file: with smoke's rows and checkpoints the plan had a third of its GiB."""
+    options = ["--set", "model=shape:qwen2.5-7b", "--set", "lora.r=16", "--set",
+               "grpo.max_steps=100", "--on", "modal", "--gpu", "H100"]  # fmt: skip
+    (tmp_path / "empty.toml").write_text("")
+    _, out, _ = run_plan(capsys, *options)
+    assert out.splitlines()[-1].startswith("next    composer-replication train CONFIG.toml --set ")
+    _, given, _ = run_plan(capsys, str(tmp_path / "empty.toml"), *options, "--json")
+    _, without, _ = run_plan(capsys, *options, "--json")
+    assert json.loads(without)["chosen"] == json.loads(given)["chosen"]
+
+
 def test_json_is_one_object_with_what_solve_found(capsys):
     options = ["--on", "modal", "--gpu", "L4", "--solve", "max_length", "--json"]
     code, out, _ = run_plan(capsys, *CHEAP, *options)
