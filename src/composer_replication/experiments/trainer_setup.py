@@ -37,6 +37,7 @@ from composer_replication.step.channels import CHANNELS
 from composer_replication.step.optimizer_step import find_channel
 from composer_replication.training.composer_config import ComposerConfig
 from composer_replication.training.model_source import (
+    SHAPE_PREFIX,
     LoadedModel,
     check_model_spec,
     default_model_spec,
@@ -95,6 +96,7 @@ def prepare(
         spec, reason = default_model_spec(device().type)
         notes.append(reason)
     check_model_spec(spec)
+    _check_reference(config, spec)
     data = load_run_data(config.data)
     notes += data.notes
     environment, reward = find_judge(config, data)
@@ -283,6 +285,16 @@ def _prompt_dataset(data: RunData) -> Dataset:
             f"{data.folder / PROMPTS_FILE}: its rows do not make a table ({error}). Give each key "
             "values of one type in every row."
         ) from error
+
+
+def _check_reference(config: RunConfig, spec: str) -> None:
+    """TRL reads the reference of its KL term from the files that the policy came from."""
+    if config.grpo.get("beta") and config.lora is None and spec.startswith(SHAPE_PREFIX):
+        raise ConfigError(
+            f"grpo.beta is {config.grpo['beta']} and the model is {spec}, whose random weights are "
+            "in no file that TRL could read the reference from. Take a model with weights, leave "
+            "grpo.beta out, or train an adapter ([lora]), which is turned off for the reference."
+        )
 
 
 def _check_channel_data(config: RunConfig, data: RunData, *, has_environment: bool) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from composer_replication.config.loading import load_config
+from composer_replication.errors import ConfigError
 from composer_replication.experiments import trainer_setup
 
 FOLDERS = SimpleNamespace(checkpoints_dir="c", credit_dir="d", rollouts_dir="r")
@@ -44,3 +45,12 @@ def test_the_file_has_the_last_word(settings):
 
 def test_a_cpu_has_no_tf32():
     assert trainer_setup._has_tf32() is False
+
+
+def test_a_reference_that_no_file_holds_is_refused_before_anything_is_read():
+    config = load_config(None, ["model=shape:qwen2.5-0.5b", "grpo.beta=0.1"])
+    with pytest.raises(ConfigError, match=r"grpo\.beta is 0\.1 and the model is shape:qwen2\.5"):
+        trainer_setup.prepare(config, FOLDERS, overrides={})
+    with_adapter = load_config(None, ["model=shape:qwen2.5-0.5b", "grpo.beta=0.1", "lora.r=4"])
+    trainer_setup._check_reference(with_adapter, "shape:qwen2.5-0.5b")
+    trainer_setup._check_reference(config, "smollm2-135m")
