@@ -85,8 +85,8 @@ LIMITS = """## What this can and cannot show
   nothing about long episodes or about code. With all eight tools of task A the same method had
   learned 3 of 16 validation calls after 8 steps of a trial and no more after 12 (log.md): four is
   what a run of this length teaches.
-- On task B the intervals of all four trained arms overlap: nothing here says that the further channels
-  end above GRPO there, or sooner.
+- On task B the intervals of all four trained arms overlap: nothing here says that the further
+  channels end above GRPO there, or sooner.
 - GRPO's groups are of two rollouts, so that a step of 10 has a prompt of each tool. Larger groups
   would not help it here while no rollout is right; they would where some are.
 - The hints are written by the environment, which knows the rule. A weaker source of hints would
