@@ -230,7 +230,7 @@ def test_training_resumes_and_the_rows_equal_an_uninterrupted_run(tiny_model_dir
         (["--set", "grpo.seed=1"], "grpo.seed is set, but seed is owned by seed"),
         (["--set", "alpha_sdop=1"], "alpha_sdpo"),
         (["--set", "grpo.generation_batch_size=3"], "Make it a multiple of 4"),
-        (["--set", "grpo.hub_strategy=never"], "refused by TRL"),
+        (["--set", "grpo.debug=foo"], "refused by TRL"),
         (["--data", "/does/not/exist"], "does not exist"),
         (["--set", "rollout.environment=letters_environment:Missing"], "cannot be imported"),
         (["--set", "channels.spdo=1.0"], "Did you mean 'sdpo'"),
