@@ -8,6 +8,7 @@ spent after the deadline, however often the platform starts the job again.
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +25,12 @@ from composer_replication.runs.atomic_files import (
     write_text_atomically,
 )
 from composer_replication.runs.checkpoint_folders import checkpoint_folders
-from composer_replication.runs.run_directory import FIGURES_PREFIX, SUMMARY_FILE, has_passed
+from composer_replication.runs.run_directory import (
+    FIGURES_PREFIX,
+    SCHEMA_FILE,
+    SUMMARY_FILE,
+    has_passed,
+)
 
 RESULT_SCHEMA = 1
 ATTEMPTS_FOLDER = ".attempts"
@@ -110,6 +116,8 @@ def run_attempt(
     end_s = min(job.deadline_s or float("inf"), started_s + (job.timeout_s or float("inf")))
     if started_s >= end_s:
         return _result("deadline", 1, folder, attempts)
+    if job.verb in ("smoke", "train"):
+        drop_half_commit(folder)
     watch = _Watch(folder, attempts, commit)
     oom_kills = _oom_kills()
     with tempfile.TemporaryDirectory() as workspace:
@@ -219,6 +227,16 @@ def _has_room(runs: Path) -> bool:
     except OSError as error:
         return error.errno not in NO_ROOM
     return True
+
+
+def drop_half_commit(folder: Path) -> None:
+    """Remove a run directory without its mark, which a run writes before anything else.
+
+    Files of it can be in the volume where a container was killed while it committed for the first
+    time; a run refuses a folder that holds something else, and every later attempt would end so.
+    """
+    if folder.is_dir() and not (folder / SCHEMA_FILE).exists():
+        shutil.rmtree(folder)
 
 
 def _oom_kills() -> int:

@@ -53,6 +53,8 @@ class ContainerHost:
         self.environment = environment
         self.functions, self.images, self.mounts, self.files = {}, {}, {}, {}
         self.blobs, self.inputs = {}, {}
+        # A commit is whole before another container sees the volume.
+        self._committing = threading.RLock()
         self.preemptions = []
         """Of the next containers: (rows of metrics that it has to see, seconds after them)."""
         self.times_out_hanging = False
@@ -93,8 +95,9 @@ class ContainerHost:
         for mount in definition.volume_mounts:
             name = mount.volume_id.removeprefix("vo-")
             self.volume(name).mkdir(parents=True, exist_ok=True)
-            shutil.copytree(self.volume(name), home / mount.mount_path.lstrip("/"))
-            self._known(home.name, name).write_text(json.dumps(_digests(self.volume(name))))
+            with self._committing:
+                shutil.copytree(self.volume(name), home / mount.mount_path.lstrip("/"))
+                self._known(home.name, name).write_text(json.dumps(_digests(self.volume(name))))
         for mount_id in definition.mount_ids:
             for filename, digest in self.mounts[mount_id].items():
                 if "composer_replication" in filename:
@@ -178,6 +181,10 @@ class ContainerHost:
 
     def commit(self, container, name):
         """What the container wrote or removed since it began, into the volume."""
+        with self._committing:
+            self._commit(container, name)
+
+    def _commit(self, container, name):
         definition = self.definition()
         (mount,) = (m for m in definition.volume_mounts if m.volume_id == f"vo-{name}")
         working = self.root / "containers" / container / mount.mount_path.lstrip("/")
