@@ -55,6 +55,8 @@ def simulate(case: StepCase) -> MemoryEstimate:
     with warnings.catch_warnings(), alike_tiles_skipped(), blocks_of(case.device_type):
         # Copying a teacher asks each tensor for its address, and copes without one.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        # A name of transformers' own, which no user can change.
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
         shallow, deep = (
             _trace(part, tensors, case_policy(part, device="meta"), FakeFloatsMemory())
             for part in (_at_depth(case, shallow_depth), _at_depth(case, deep_depth))
