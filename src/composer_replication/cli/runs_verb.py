@@ -84,7 +84,7 @@ def _sweep(options: argparse.Namespace, members: "list[LaunchRecord]") -> Answer
 def _list(options: argparse.Namespace) -> Answer:
     from pathlib import Path
 
-    from composer_replication.launch.records import load_records, members_of, run_status
+    from composer_replication.launch.records import load_records, run_status
     from composer_replication.runs.json_text import to_json_text
 
     records = load_records(RUNS_FOLDER)
@@ -96,7 +96,7 @@ def _list(options: argparse.Namespace) -> Answer:
         rows.append({**record.model_dump(by_alias=True, exclude={"schema_version"})})
         rows[-1]["status"] = status
     names = dict.fromkeys(record.sweep for record in records if record.sweep is not None)
-    sweeps = [sweep_row(members_of(RUNS_FOLDER, name)) for name in names]
+    sweeps = [sweep_row([record for record in records if record.sweep == name]) for name in names]
     known = {str(Path(str(row["folder"])).resolve()) for row in [*rows, *sweeps]}
     for folder in sorted(RUNS_FOLDER.glob("*")):
         status = run_status(folder) if folder.is_dir() else None

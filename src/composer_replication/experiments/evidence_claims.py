@@ -128,11 +128,18 @@ def _success(arm: str) -> Callable[[Found], Measured | None]:
 
     def measure(found: Found) -> Measured | None:
         cell = found.get(("api_drift", arm, 0))
-        if cell is None:
-            return None
-        return Measured(interval_text(cell.rate()), cell.rate(), len(cell.results))
+        return None if cell is None else _of_rate(cell, cell.rate())
 
     return measure
+
+
+def _of_rate(cell: Cell, rate: Interval) -> Measured:
+    return Measured(interval_text(rate), rate, len(cell.results))
+
+
+def _from_best_to_worst(values: Sequence[float]) -> Interval:
+    """The mean, with the extremes for an interval: of values too few, or infinite, for another."""
+    return sum(values) / len(values), min(values), max(values)
 
 
 def _other_drifts(found: Found) -> Measured | None:
@@ -143,8 +150,7 @@ def _other_drifts(found: Found) -> Measured | None:
     rates = [cell.rate()[0] for cell in cells]
     each = ", ".join(f"{rate:.0%}" for rate in rates)
     num_seeds = max(len(cell.results) for cell in cells)
-    interval = sum(rates) / len(rates), min(rates), max(rates)
-    return Measured(f"{each} (by drift)", interval, num_seeds)
+    return Measured(f"{each} (by drift)", _from_best_to_worst(rates), num_seeds)
 
 
 def _success_without_pairs(found: Found) -> Measured | None:
@@ -153,8 +159,7 @@ def _success_without_pairs(found: Found) -> Measured | None:
         return None
     covered = {tool for result in cell.results for tool in result["pair_tools"]}
     others = {tool for result in cell.results for tool in result["tools"]} - covered
-    rate = cell.rate(tools=others)
-    return Measured(interval_text(rate), rate, len(cell.results))
+    return _of_rate(cell, cell.rate(tools=others))
 
 
 def _points_lost(found: Found) -> Measured | None:
@@ -182,9 +187,7 @@ def _tokens_share(found: Found) -> Measured | None:
     if not shares:
         return None
     each = ", ".join("never" if math.isinf(share) else f"{share:.0%}" for share in shares)
-    # Shares may be infinite: their interval is that from the best seed to the worst.
-    interval = sum(shares) / len(shares), min(shares), max(shares)
-    return Measured(f"{each} (by seed)", interval, len(shares))
+    return Measured(f"{each} (by seed)", _from_best_to_worst(shares), len(shares))
 
 
 CLAIMS: Sequence[Claim] = (

@@ -185,9 +185,7 @@ def make_candidate(
         measured_s=measured_s or {},
     )
     limit_s = modal.timeout_s or _timeout(shape, clock)
-    # Each card's process reads weights of its own.
-    wanted_gib = max(_MODAL_MEMORY_GIB, _MEMORY_PER_WEIGHTS * weights * num_gpus)
-    memory_gib = modal.memory_gib or min(wanted_gib, MAX_MODAL_MEMORY_GIB)
+    memory_gib = modal.memory_gib or _memory_request_gib(weights * num_gpus)
 
     def bill(seconds: float) -> Cost:
         return estimate(
@@ -220,6 +218,12 @@ def make_candidate(
         memory_request_gib=memory_gib,
         is_calibrated=factor is not None and narrows,
     )
+
+
+def _memory_request_gib(weights_gib: float) -> float:
+    """RAM for the weights that each card's process reads, where the file names none."""
+    wanted_gib = max(_MODAL_MEMORY_GIB, _MEMORY_PER_WEIGHTS * weights_gib)
+    return min(wanted_gib, MAX_MODAL_MEMORY_GIB)
 
 
 def _timeout(shape: RunShape, clock: WallClock) -> float:

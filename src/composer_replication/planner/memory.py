@@ -177,7 +177,7 @@ def _teacher_forward(
 ) -> int:
     """One layer at a time; a live teacher's weights are cast once and kept until it is done."""
     cast = 0
-    if case.autocasts and case.lora_r is None and case.weights_dtype == "float32":
+    if case.casts_trained_weights:
         is_live = case.teacher == "live"
         cast = BF16 * (shape.num_parameters if is_live else shape.hidden * shape.intermediate)
     return cast + layer.forward_per_token * forward.num_teacher_tokens

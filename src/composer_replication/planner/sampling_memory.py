@@ -60,5 +60,4 @@ def scoring_bytes(rollouts: RolloutShape, case: StepCase) -> int:
 
 def _cast_weights(case: StepCase, model: ModelShape) -> int:
     """bf16 copies of all trained weights, which autocast keeps until its outermost end."""
-    casts = case.autocasts and case.lora_r is None and case.weights_dtype == "float32"
-    return BF16 * model.num_parameters if casts else 0
+    return BF16 * model.num_parameters if case.casts_trained_weights else 0

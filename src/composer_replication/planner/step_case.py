@@ -53,6 +53,11 @@ class StepCase:
     """The card runs torch's flash attention, which needs compute capability 8.0."""
 
     @property
+    def casts_trained_weights(self) -> bool:
+        """Whether autocast copies every weight to half precision: fp32 ones that are trained."""
+        return self.autocasts and self.lora_r is None and self.weights_dtype == "float32"
+
+    @property
     def channels(self) -> tuple[str, ...]:
         """The channels that have rows."""
         rows = {"grpo": self.num_rollouts, "sdpo": self.num_sites, "dpo": self.num_pairs}
