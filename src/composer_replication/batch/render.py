@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from composer_replication.errors import AlignmentError, DataError
-from composer_replication.traces.hints import EXAMPLE_MARK, HintSite
+from composer_replication.traces.hints import HintSite, demonstrations_in
 from composer_replication.traces.trace import Message
 
 HintPlacement = Literal["append", "user_turn", "restate", "demonstrate"]
@@ -60,7 +60,8 @@ def with_hint(state: Sequence[Message], hint: str, placement: HintPlacement) -> 
     once more, so that the request and not the hint is what the model reads last; `user_turn` puts
     the hint in a user turn of its own after the state. `demonstrate` shows the hint's example as a
     turn of its own before a restated last message; a hint without one, or a state that a tool
-    result ends, is restated.
+    result ends, is restated. Where the hint says which request an example answers, the example's
+    turn is written as the last one is, with that request: SmolLM2-135M then follows it best.
     """
     if not hint:
         return tuple(state)
@@ -68,10 +69,14 @@ def with_hint(state: Sequence[Message], hint: str, placement: HintPlacement) -> 
         return (*state, Message("user", hint))
     last = state[-1]
     if placement == "demonstrate":
-        text, mark, example = hint.rpartition(EXAMPLE_MARK)
-        if mark and last.role == "user":
-            demonstration = Message("user", text.rstrip()), Message("assistant", example)
-            return (*state[:-1], *demonstration, *with_hint([last], text.rstrip(), "restate"))
+        advice, shown = demonstrations_in(hint)
+        if shown and last.role == "user":
+            turns: list[Message] = []
+            for request, action in shown:
+                asked = with_hint([Message("user", request)], advice, "restate")
+                turns += asked if request else [Message("user", advice)]
+                turns.append(Message("assistant", action))
+            return (*state[:-1], *turns, *with_hint([last], advice, "restate"))
         placement = "restate"
     hinted = f"{last.content}\n\n{hint}"
     if placement == "restate":

@@ -42,7 +42,8 @@ class SdpoConfig(ConfigModel):
     """Where the hint stands in the teacher's state: at the end of the last message; there, with the
     message said once more after it (small models copy the arguments of an example that they read
     last); as a user turn of its own; or, with `demonstrate`, the example of the hint, what follows
-    "Example of a correct call: ", as a turn before the message: small models follow that best."""
+    "Example of a correct call: ", as a turn before the message, and where the hint says which
+    request it answers ("Example request: "), in answer to that: small models follow that best."""
     actions: Literal["resampled", "recorded"] = "resampled"
     """Whose action tokens are scored: sampled anew by the policy, or as the trace recorded them.
     Another model's recorded actions are off-policy."""

@@ -256,11 +256,18 @@ class ApiDrift:
 
         Measured on SmolLM2-135M: made-up arguments such as x.txt are copied into the answer
         (P(right target) 0.05), those of a demonstration are known to be another request's (0.3).
+        Told which requests today's calls answer, a hinted model was right at 0.86 instead of 0.65.
         """
-        values = {**_FILLERS, **self._task.demos[-1][1]}
-        tool = tool or self._next_tool()
-        example = {"tool": tool} | {key: values[key] for key in TOOL_KEYS[tool]}
-        return ToolError(kind, message, json.dumps(self._drift.translate(example)))
+        called = tool or self._next_tool()
+        calls = [(request, self._example(called, call)) for request, call in self._task.demos]
+        shown = tuple(calls[len(calls) - self._spec.num_hint_demos :])
+        return ToolError(kind, message, calls[-1][1], shown)
+
+    def _example(self, tool: str, old_call: Mapping[str, str]) -> str:
+        """Today's call of a tool on the arguments of an old call."""
+        values = {**_FILLERS, **old_call}
+        call = {"tool": tool} | {key: values[key] for key in TOOL_KEYS[tool]}
+        return json.dumps(self._drift.translate(call))
 
     def _next_tool(self) -> str:
         """The tool of the plan's next step; only a read can come before another step."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from composer_replication.environments.api_drift_rules import TOOL_KEYS
+from composer_replication.environments.api_drift_tasks import NUM_DEMOS
 from composer_replication.environments.spec_rows import read_spec
 from composer_replication.errors import DataError
 
@@ -25,12 +26,20 @@ class EpisodeSpec:
     """Turns beyond the plan's length: how many errors an episode forgives."""
     is_example_shown: bool = True
     """Whether the model sees an error's example; a recorded error carries it either way."""
+    num_hint_demos: int = 0
+    """How many of the prompt's requests, the last ones, a hint answers in today's form; 0: it has
+    one example call and says no request."""
 
     def __post_init__(self) -> None:
         if self.num_spare_turns < 0:
             raise DataError(
                 f"num_spare_turns is {self.num_spare_turns}; it must be 0 or more. "
                 "With fewer turns than the task has steps, no reward above 0.6 could be reached."
+            )
+        if not 0 <= self.num_hint_demos <= NUM_DEMOS:
+            raise DataError(
+                f"num_hint_demos is {self.num_hint_demos}; a prompt shows {NUM_DEMOS} requests. "
+                f"Choose 0 to {NUM_DEMOS}."
             )
 
 

@@ -17,15 +17,23 @@ class ToolError(Exception):
         kind: stable class of the error, such as `unknown_key`.
         message: one sentence for a reader.
         example: a corrected call on another argument, or None.
+        demonstrations: (request, right call) of other requests, for a hint alone; may be empty.
 
     `str(error)` is what a model is shown, so TRL's tool loop passes the example on too.
     """
 
-    def __init__(self, kind: str, message: str, example: str | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        message: str,
+        example: str | None = None,
+        demonstrations: tuple[tuple[str, str], ...] = (),
+    ) -> None:
         super().__init__(message if example is None else f"{message} Example: {example}")
         self.kind = kind
         self.message = message
         self.example = example
+        self.demonstrations = demonstrations
 
 
 @dataclass(frozen=True, slots=True)

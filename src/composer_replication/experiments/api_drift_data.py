@@ -20,7 +20,7 @@ from composer_replication.experiments.task_rows import TaskRows
 from composer_replication.traces.hints import HintSite, hint_from_error
 from composer_replication.traces.json_lines import Row
 from composer_replication.traces.pairs import PreferencePair
-from composer_replication.traces.trace import Message, TurnError, messages_from
+from composer_replication.traces.trace import Message, messages_from
 
 _SLIPS = ("prose", "two_objects", "foreign_tool", "no_target", "nested_target", "gone_target")
 
@@ -129,16 +129,12 @@ def hint_site(episode: ScriptedEpisode) -> HintSite | None:
         if error is not None:
             return HintSite(
                 state=episode.state(number),
-                hint=_hint(error),
+                hint=hint_from_error(error),
                 action=turn.action,
                 error_kind=error.kind,
                 source=episode.source,
             )
     return None
-
-
-def _hint(error: ToolError) -> str:
-    return hint_from_error(TurnError(error.kind, error.message, error.example))
 
 
 def preference_pairs(episode: ScriptedEpisode, tools: Iterable[str]) -> list[PreferencePair]:
@@ -188,7 +184,7 @@ def _agent_step(turn: ScriptedTurn, step_id: int) -> Row:
     step["observation"] = {"results": [result]}
     flags: Row = {"is_error": error is not None}
     if error is not None:
-        flags |= {"error_kind": error.kind, "hint": _hint(error)}
+        flags |= {"error_kind": error.kind, "hint": hint_from_error(error)}
     step["extra"] = {"composer": flags}
     return step
 

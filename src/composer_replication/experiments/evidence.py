@@ -127,7 +127,7 @@ def run_evidence(
     return result
 
 
-def _tools(drift_seed: int, num_tools: int | None) -> list[str]:
+def drifted_tools(drift_seed: int, num_tools: int | None) -> list[str]:
     """The first tools whose rule some pair shows and the last of those that none shows."""
     if num_tools is None:
         return []
@@ -156,7 +156,7 @@ def heldout_rows(
 def _rows(run: EvidenceRun, split: str, num_prompts: int, settings: TaskSettings) -> TaskRows:
     """The first so many prompts of the task's tools, and the pairs about them."""
     knobs = {**settings.knobs, **({"drift_seed": run.drift} if run.drift else {})}
-    tools = _tools(run.drift, settings.num_tools)
+    tools = drifted_tools(run.drift, settings.num_tools)
     # A task's prompts go through its tools in turn.
     num_episodes = num_prompts * len(TOOL_KEYS) // len(tools) if tools else num_prompts
     rows = task_rows(run.task, split, seed=run.seed, num_episodes=num_episodes, **knobs)

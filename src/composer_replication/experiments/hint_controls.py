@@ -12,7 +12,8 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from composer_replication.traces.hints import EXAMPLE_MARK, HintSite
+from composer_replication.traces.hints import HintSite, demonstrations_in, hint_from_error
+from composer_replication.traces.trace import TurnError
 from composer_replication.training.trainer import ComposerReplicationTrainer
 
 HintControl = Callable[[Sequence[HintSite]], list[HintSite]]
@@ -51,7 +52,7 @@ def _last_shown_call(site: HintSite) -> str:
 def wrong(sites: Sequence[HintSite]) -> list[HintSite]:
     """Give each site a hint of the same form that shows nothing of today's API.
 
-    Its example is the call of the first demonstration, so of the old convention, under a key
+    Its examples are calls that the prompt demonstrates, so of the old convention, under a key
     which no tool has. A later turn's state still holds what the environment said before it.
 
     Example: `Hint: Use the key "uri". Example of a correct call: {"tool": "read", "uri": ...}`.
@@ -60,16 +61,37 @@ def wrong(sites: Sequence[HintSite]) -> list[HintSite]:
 
 
 def _wrong_hint(site: HintSite) -> str:
-    shown = next((m.content for m in site.state if m.role == "assistant"), None)
-    if shown is None:
-        return f'Hint: Use the key "{WRONG_KEYS[0]}".'
+    turns = zip(site.state, site.state[1:], strict=False)
+    # The first answer to a request: a later turn's state also holds the policy's own calls.
+    old_calls: dict[str, str] = {}
+    for asked, said in turns:
+        if said.role == "assistant":
+            old_calls.setdefault(asked.content, said.content)
+    if not old_calls:
+        return hint_from_error(TurnError("", f'Use the key "{WRONG_KEYS[0]}".'))
+    first = next(iter(old_calls.values()))
+    requests = [request for request, _ in demonstrations_in(site.hint)[1] if request]
+    return hint_from_error(
+        TurnError(
+            kind="",
+            message=f'Use the key "{_wrong_key(first)}".',
+            example=_under_wrong_key(first),
+            demonstrations=tuple((r, _under_wrong_key(old_calls[r])) for r in requests),
+        )
+    )
+
+
+def _wrong_key(call: str) -> str:
+    """Always the same key for the same tool, so that it could be learned."""
+    return WRONG_KEYS[sum(map(ord, str(json.loads(call)["tool"]))) % len(WRONG_KEYS)]
+
+
+def _under_wrong_key(old_call: str) -> str:
     # Not the hint's own example: a flag, a value or the form of a path is today's rule as well.
-    call: Mapping[str, object] = json.loads(shown)
+    call: Mapping[str, object] = json.loads(old_call)
     old = next(key for key in call if key != "tool")
-    # Always the same key for the same tool, so that it could be learned.
-    new = WRONG_KEYS[sum(map(ord, str(call["tool"]))) % len(WRONG_KEYS)]
-    example = json.dumps({new if key == old else key: value for key, value in call.items()})
-    return f'Hint: Use the key "{new}". {EXAMPLE_MARK}{example}'
+    new = _wrong_key(old_call)
+    return json.dumps({new if key == old else key: value for key, value in call.items()})
 
 
 def empty(sites: Sequence[HintSite]) -> list[HintSite]:

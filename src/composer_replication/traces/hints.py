@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 from composer_replication.errors import DataError
 from composer_replication.traces.row_reading import (
@@ -10,10 +11,31 @@ from composer_replication.traces.row_reading import (
     require_state,
     require_text,
 )
-from composer_replication.traces.trace import Message, TurnError, message_rows
+from composer_replication.traces.trace import Message, message_rows
 
 EXAMPLE_MARK = "Example of a correct call: "
 """What follows its last place in a hint is an action."""
+REQUEST_MARK = "\nExample request: "
+"""Begins a demonstration in a hint: a request, then `EXAMPLE_MARK` and its action on a new line."""
+
+
+class ToldError(Protocol):
+    """What a hint is made of: a `TurnError`, or the error of an environment."""
+
+    @property
+    def message(self) -> str:
+        """One sentence."""
+        ...
+
+    @property
+    def example(self) -> str | None:
+        """A right call on other arguments."""
+        ...
+
+    @property
+    def demonstrations(self) -> tuple[tuple[str, str], ...]:
+        """(request, right call) of other requests."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +89,40 @@ class HintSite:
             )
 
 
-def hint_from_error(error: TurnError) -> str:
-    """The hint text for a structured error; it carries the example call where there is one.
+def hint_from_error(error: ToldError) -> str:
+    """The hint text for a structured error, with its demonstrations, or else its example.
 
     Small models hardly follow a bare error message: on SmolLM2-135M a verbal hint moved the
     probability of the right key from 0.001 to 0.005, one with an example call to 0.89.
+
+    Example:
+        >>> hint_from_error(TurnError("unknown_key", 'Use the key "file".', "read file=b.py"))
+        'Hint: Use the key "file". Example of a correct call: read file=b.py'
     """
     text = f"Hint: {error.message}"
-    if error.example is not None:
+    for request, action in error.demonstrations:
+        text += f"{REQUEST_MARK}{request}\n{EXAMPLE_MARK}{action}"
+    if error.example is not None and not error.demonstrations:
         text += f" {EXAMPLE_MARK}{error.example}"
     return text
+
+
+def demonstrations_in(hint: str) -> tuple[str, list[tuple[str, str]]]:
+    """The advice of a hint, and what it demonstrates: (request, action), in order.
+
+    The request is empty where the hint gives an action alone. A hint that demonstrates nothing is
+    advice from end to end.
+
+    Example:
+        >>> demonstrations_in('Use "file". Example of a correct call: read file=b.py')
+        ('Use "file".', [('', 'read file=b.py')])
+    """
+    advice, *blocks = hint.split(REQUEST_MARK)
+    parts = [block.partition(f"\n{EXAMPLE_MARK}") for block in blocks]
+    if parts and all(mark for _, mark, _ in parts):
+        return advice.rstrip(), [(request, action) for request, _, action in parts]
+    advice, mark, action = hint.rpartition(EXAMPLE_MARK)
+    return (advice.rstrip(), [("", action)]) if mark and not parts else (hint, [])
 
 
 SITE_KEYS = frozenset({"state", "hint", "action", "error_kind", "source"})

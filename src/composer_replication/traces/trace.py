@@ -41,6 +41,8 @@ class TurnError:
     """One sentence for a reader."""
     example: str | None = None
     """A corrected call that shows the rule on another argument, where the environment knows one."""
+    demonstrations: tuple[tuple[str, str], ...] = ()
+    """(request, right call) of other requests: a hint shows these in place of `example`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from composer_replication.batch.render import end_of_turn_ids, render_next_turn
 from composer_replication.environments.protocol import Observation
 from composer_replication.traces.hints import HintSite, hint_from_error
-from composer_replication.traces.trace import Message, TurnError
+from composer_replication.traces.trace import Message
 from composer_replication.training.action_sampling import SampledAction
 from composer_replication.training.environment_pool import Failure
 
@@ -152,7 +152,7 @@ def _hint_site(
     assert error is not None
     return HintSite(
         state=tuple(episode.messages),
-        hint=hint_from_error(TurnError(error.kind, error.message, error.example)),
+        hint=hint_from_error(error),
         action=text,
         state_ids=tuple(episode.context_ids),
         action_ids=tuple(action_ids),

@@ -11,8 +11,8 @@ from composer_replication.batch.render import (
     with_hint,
 )
 from composer_replication.errors import AlignmentError
-from composer_replication.traces.hints import HintSite
-from composer_replication.traces.trace import Message
+from composer_replication.traces.hints import HintSite, hint_from_error
+from composer_replication.traces.trace import Message, TurnError
 
 STATE = (Message("system", "You call tools."), Message("user", "Read /src/app.py."))
 ACTION = '{"tool": "read", "path": "/src/app.py"}'
@@ -71,6 +71,28 @@ def test_an_example_is_demonstrated_before_the_restated_message(smollm2_tokenize
         f'{before}Use "file".<|im_end|>\n<|im_start|>assistant\n{{"file": "/b"}}<|im_end|>\n'
         '<|im_start|>user\nRead /src/app.py.\n\nUse "file".\n\nRead /src/app.py.<|im_end|>\n'
         "<|im_start|>assistant\n"
+    )
+
+
+def test_a_demonstrated_request_is_asked_as_the_last_one_is(smollm2_tokenizer):
+    shown = (("Read /b.py.", '{"file": "/b.py"}'), ("Read /c.py.", '{"file": "/c.py"}'))
+    error = TurnError("unknown_key", 'Use "file".', demonstrations=shown)
+    state_ids = render_state(smollm2_tokenizer, STATE)
+    hinted = site(hint=hint_from_error(error))
+    text = smollm2_tokenizer.decode(
+        insert_hint(smollm2_tokenizer, hinted, state_ids, "demonstrate")
+    )
+    before, _, _ = smollm2_tokenizer.decode(state_ids).rpartition("Read /src/app.py.<|im_end|>")
+    asked = 'Read {0}.\n\nHint: Use "file".\n\nRead {0}.<|im_end|>\n<|im_start|>assistant\n'
+    answered = '{{"file": "{0}"}}<|im_end|>\n<|im_start|>user\n'
+    assert text == before + "".join(
+        (
+            asked.format("/b.py"),
+            answered.format("/b.py"),
+            asked.format("/c.py"),
+            answered.format("/c.py"),
+            asked.format("/src/app.py"),
+        )
     )
 
 

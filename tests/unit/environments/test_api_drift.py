@@ -4,7 +4,11 @@ import json
 import pytest
 
 from composer_replication.environments.api_drift import ERROR_KINDS, GRADES, ApiDrift, Progress
-from composer_replication.environments.api_drift_rules import DEFAULT_DRIFT, TOOL_KEYS
+from composer_replication.environments.api_drift_rules import (
+    DEFAULT_DRIFT,
+    TOOL_KEYS,
+    drift_from_seed,
+)
 from composer_replication.environments.api_drift_tasks import POOLS, task_from_seed
 from composer_replication.environments.protocol import TextEnvironment
 from composer_replication.errors import DataError
@@ -102,6 +106,25 @@ def test_the_listed_error_kinds_are_all_that_garbage_can_cause():
             observation = environment._step_text(text)
             assert observation.error.kind in ERROR_KINDS
             assert observation.content.isascii()
+
+
+@pytest.mark.parametrize("num_shown", range(4))
+@pytest.mark.parametrize("drift_seed", range(8))
+@pytest.mark.parametrize("tool", TOOLS)
+def test_an_error_demonstrates_todays_call_of_the_last_requests_in_the_prompt(
+    tool, drift_seed, num_shown
+):
+    environment, task = started(tool, drift_seed=drift_seed, num_hint_demos=num_shown)
+    drift = drift_from_seed(drift_seed)
+    error = environment._step_text(json.dumps({"tool": task.tool, "no_such_key": "x"})).error
+    demos = task.demos[3 - num_shown :]
+    calls = [json.loads(call) for _, call in error.demonstrations]
+    assert [request for request, _ in error.demonstrations] == [request for request, _ in demos]
+    for call, (_, old_call) in zip(calls, demos, strict=True):
+        arguments = {key: value for key, value in call.items() if key != "tool"}
+        accepted = {"tool": call["tool"], **drift.accept(call["tool"], arguments)}
+        assert accepted == dict(old_call)
+    assert json.loads(error.example) == drift.translate(task.demos[-1][1])
 
 
 @pytest.mark.parametrize("is_shown", [True, False])

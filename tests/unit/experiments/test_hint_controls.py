@@ -9,13 +9,18 @@ from composer_replication.environments.api_drift_rules import TOOL_KEYS, drift_f
 from composer_replication.environments.protocol import ToolError
 from composer_replication.experiments.hint_controls import WRONG_KEYS, empty, shuffled, wrong
 from composer_replication.experiments.task_registry import task_rows
+from composer_replication.traces.hints import demonstrations_in
 from composer_replication.traces.trace import Message
 
 TRAIN = {name: task_rows(name, "train").hint_sites for name in ("api_drift", "call_format")}
 
 
+def examples_of(hint):
+    return [json.loads(action) for _, action in demonstrations_in(hint)[1]]
+
+
 def example_of(hint):
-    return json.loads(hint[hint.index("{") :])
+    return examples_of(hint)[-1]
 
 
 @pytest.mark.parametrize("task", TRAIN)
@@ -39,7 +44,7 @@ def test_a_shuffled_hint_is_of_another_tool_than_the_request():
         assert after.hint in hints
         shown = json.loads(before.state[-2].content)
         assert example_of(after.hint)["tool"] != shown["tool"]
-        if "{" in before.hint:
+        if examples_of(before.hint):
             assert example_of(after.hint)["tool"] != example_of(before.hint)["tool"]
 
 
@@ -50,38 +55,48 @@ def test_shuffling_follows_its_seed():
     assert shuffled(hints, 1)(sites) != shuffled(hints, 2)(sites)
 
 
-def test_a_wrong_hint_has_the_right_form_and_one_wrong_key_for_each_tool():
+@pytest.mark.parametrize("num_shown", range(4))
+def test_a_wrong_hint_has_the_right_form_and_one_wrong_key_for_each_tool(num_shown):
     by_tool = {}
-    sites = TRAIN["api_drift"]
+    sites = task_rows("api_drift", "train", num_hint_demos=num_shown).hint_sites
     for before, after in zip(sites, wrong(sites), strict=True):
-        old, shown = json.loads(before.state[2].content), example_of(after.hint)
-        assert list(shown.values()) == list(old.values())
-        (key,) = shown.keys() - old.keys()
-        assert key in WRONG_KEYS
-        assert after.hint.startswith(f'Hint: Use the key "{key}". Example of a correct call: {{')
-        by_tool.setdefault(shown["tool"], set()).add(key)
+        _, asked = demonstrations_in(before.hint)
+        advice, shown = demonstrations_in(after.hint)
+        if asked:
+            assert [request for request, _ in shown] == [request for request, _ in asked]
+        prompt = {before.state[n].content: before.state[n + 1].content for n in (1, 3, 5)}
+        for request, action in shown:
+            old_call = prompt[request] if request else before.state[2].content
+            old, call = json.loads(old_call), json.loads(action)
+            assert list(call.values()) == list(old.values())
+            (key,) = call.keys() - old.keys()
+            assert key in WRONG_KEYS
+            assert advice == f'Hint: Use the key "{key}".'
+            by_tool.setdefault(call["tool"], set()).add(key)
     assert by_tool.keys() == TOOL_KEYS.keys()
     assert all(len(keys) == 1 for keys in by_tool.values())
 
 
+@pytest.mark.parametrize("num_shown", [0, 3])
 @pytest.mark.parametrize("drift_seed", range(12))
-def test_nothing_of_todays_rule_is_left_in_a_wrong_hint(drift_seed):
+def test_nothing_of_todays_rule_is_left_in_a_wrong_hint(drift_seed, num_shown):
     drift = drift_from_seed(drift_seed)
-    sites = task_rows("api_drift", "train", num_episodes=64, drift_seed=drift_seed).hint_sites
+    knobs = {"drift_seed": drift_seed, "num_hint_demos": num_shown}
+    sites = task_rows("api_drift", "train", num_episodes=64, **knobs).hint_sites
     today = {rule.new for rule in drift.rules if rule.new}
     requested = set()
     for before, after in zip(sites, wrong(sites), strict=True):
         asked_for = json.loads(before.state[-2].content)["tool"]
         requested.add(asked_for)
-        shown = example_of(after.hint)
         # The tool asked for, so no read that must come first; no flag, value or rooted path.
-        assert shown["tool"] == asked_for
-        assert not today & {*shown, *map(str, shown.values())}
-        assert not any(str(value).startswith("/") or value is True for value in shown.values())
+        for shown in examples_of(after.hint):
+            assert shown["tool"] == asked_for
+            assert not today & {*shown, *map(str, shown.values())}
+            assert not any(str(value).startswith("/") or value is True for value in shown.values())
+            with pytest.raises(ToolError):
+                drift.accept(shown.pop("tool"), shown)
         assert not [name for name in today if f'"{name}"' in after.hint]
         assert "Start the path" not in after.hint
-        with pytest.raises(ToolError):
-            drift.accept(shown.pop("tool"), shown)
     assert requested == TOOL_KEYS.keys()
 
 

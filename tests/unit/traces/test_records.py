@@ -4,7 +4,12 @@ import pytest
 
 from composer_replication import HintSite, Message, PreferencePair
 from composer_replication.errors import DataError
-from composer_replication.traces.hints import hint_from_error, hint_site_from_row, hint_site_row
+from composer_replication.traces.hints import (
+    demonstrations_in,
+    hint_from_error,
+    hint_site_from_row,
+    hint_site_row,
+)
 from composer_replication.traces.pairs import pair_from_row, pair_row
 from composer_replication.traces.trace import TurnError
 
@@ -136,3 +141,26 @@ def test_a_hint_carries_the_corrected_call_where_there_is_one():
         'Hint: read has no key \'path\'. Example of a correct call: {"tool": "read", "file": "/b"}'
     )
     assert hint_from_error(TurnError("k", "no.")) == "Hint: no."
+
+
+def test_demonstrations_take_the_place_of_the_example_and_are_found_again():
+    shown = (("Read b.py,\nthen stop.", '{"file": "b.py"}'), ("Read c.py.", '{"file": "c.py"}'))
+    hint = hint_from_error(TurnError("unknown_key", 'Use "file".', '{"file": "d"}', shown))
+    assert hint == (
+        'Hint: Use "file".\nExample request: Read b.py,\nthen stop.\n'
+        'Example of a correct call: {"file": "b.py"}\nExample request: Read c.py.\n'
+        'Example of a correct call: {"file": "c.py"}'
+    )
+    assert demonstrations_in(hint) == ('Hint: Use "file".', list(shown))
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        'Hint: Use "file".',
+        "Hint: no.\nExample request: Read b.py.",
+        "Hint: no.\nExample request: Read b.py.\nExample request: c.\nExample of a correct call: x",
+    ],
+)
+def test_a_hint_that_demonstrates_nothing_whole_is_advice_from_end_to_end(hint):
+    assert demonstrations_in(hint) == (hint, [])
