@@ -108,23 +108,51 @@ def test_the_listed_error_kinds_are_all_that_garbage_can_cause():
             assert observation.content.isascii()
 
 
+def told(environment, action):
+    return environment._step_text(json.dumps(action)).error
+
+
+def old_forms(drift, calls):
+    """The calls under their old keys; raises where today's API would refuse one."""
+    parsed = [json.loads(call) for call in calls]
+    tools = [call.pop("tool") for call in parsed]
+    return [{"tool": tool, **drift.accept(tool, c)} for tool, c in zip(tools, parsed, strict=True)]
+
+
 @pytest.mark.parametrize("num_shown", range(4))
 @pytest.mark.parametrize("drift_seed", range(8))
 @pytest.mark.parametrize("tool", TOOLS)
-def test_an_error_demonstrates_todays_call_of_the_last_requests_in_the_prompt(
+def test_an_error_demonstrates_todays_answer_to_the_last_requests_in_the_prompt(
     tool, drift_seed, num_shown
 ):
     environment, task = started(tool, drift_seed=drift_seed, num_hint_demos=num_shown)
     drift = drift_from_seed(drift_seed)
-    error = environment._step_text(json.dumps({"tool": task.tool, "no_such_key": "x"})).error
+    first = task.steps(drift)[0]["tool"]
+    error = told(environment, {"tool": tool, "no_such_key": "x"})
     demos = task.demos[3 - num_shown :]
-    calls = [json.loads(call) for _, call in error.demonstrations]
     assert [request for request, _ in error.demonstrations] == [request for request, _ in demos]
-    for call, (_, old_call) in zip(calls, demos, strict=True):
-        arguments = {key: value for key, value in call.items() if key != "tool"}
-        accepted = {"tool": call["tool"], **drift.accept(call["tool"], arguments)}
-        assert accepted == dict(old_call)
+    shown = old_forms(drift, [call for _, call in error.demonstrations])
+    assert shown == [
+        {"tool": first} | {key: old_call[key] for key in TOOL_KEYS[first]} for _, old_call in demos
+    ]
     assert json.loads(error.example) == drift.translate(task.demos[-1][1])
+
+
+def test_the_demonstrated_tool_is_the_one_that_the_request_asks_for():
+    environment, task = started("read", num_hint_demos=3)
+    error = told(environment, {"tool": "list", "path": task.target})
+    assert error.kind == "unknown_key"
+    assert {json.loads(call)["tool"] for _, call in error.demonstrations} == {"read"}
+    assert json.loads(error.example)["tool"] == "list"
+
+
+@pytest.mark.parametrize("num_shown", [0, 2])
+def test_a_call_for_a_file_that_is_not_there_is_demonstrated_too(num_shown):
+    environment, task = started("read", num_hint_demos=num_shown)
+    error = told(environment, {"tool": "read", "file": "nowhere.py"})
+    shown = old_forms(DEFAULT_DRIFT, [call for _, call in error.demonstrations])
+    assert shown == [dict(call) for _, call in task.demos[3 - num_shown :]]
+    assert error.kind == "not_found"
 
 
 @pytest.mark.parametrize("is_shown", [True, False])
