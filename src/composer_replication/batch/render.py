@@ -61,7 +61,8 @@ def with_hint(state: Sequence[Message], hint: str, placement: HintPlacement) -> 
     the hint in a user turn of its own after the state. `demonstrate` shows the hint's example as a
     turn of its own before a restated last message; a hint without one, or a state that a tool
     result ends, is restated. Where the hint says which request an example answers, the example's
-    turn is written as the last one is, with that request: SmolLM2-135M then follows it best.
+    turn is written as the last one is, with that request, which SmolLM2-135M follows best; after a
+    tool result the first of them stands in the result's turn, and the user's request ends it all.
     """
     if not hint:
         return tuple(state)
@@ -70,18 +71,27 @@ def with_hint(state: Sequence[Message], hint: str, placement: HintPlacement) -> 
     last = state[-1]
     if placement == "demonstrate":
         advice, shown = demonstrations_in(hint)
-        if shown and last.role == "user":
-            turns: list[Message] = []
-            for request, action in shown:
-                asked = with_hint([Message("user", request)], advice, "restate")
-                turns += asked if request else [Message("user", advice)]
-                turns.append(Message("assistant", action))
-            return (*state[:-1], *turns, *with_hint([last], advice, "restate"))
+        request = next((m for m in reversed(state) if m.role == "user"), None)
+        says_requests = any(asked for asked, _ in shown)
+        if shown and request is not None and (request is last or says_requests):
+            turns = _demonstrated(shown, advice)
+            if request is not last:
+                turns[0] = replace(last, content=f"{last.content}\n\n{turns[0].content}")
+            return (*state[:-1], *turns, *with_hint([request], advice, "restate"))
         placement = "restate"
     hinted = f"{last.content}\n\n{hint}"
     if placement == "restate":
         hinted += f"\n\n{last.content}"
     return (*state[:-1], replace(last, content=hinted))
+
+
+def _demonstrated(shown: Sequence[tuple[str, str]], advice: str) -> list[Message]:
+    turns: list[Message] = []
+    for request, action in shown:
+        asked = with_hint([Message("user", request)], advice, "restate")
+        turns += asked if request else [Message("user", advice)]
+        turns.append(Message("assistant", action))
+    return turns
 
 
 def insert_hint(

@@ -96,6 +96,27 @@ def test_a_demonstrated_request_is_asked_as_the_last_one_is(smollm2_tokenizer):
     )
 
 
+def test_after_a_tools_answer_the_first_demonstration_follows_it_and_the_request_ends_it():
+    answered = (*STATE, Message("assistant", ACTION), Message("tool", "red"))
+    shown = (("Read /b.py.", "b"), ("Read /c.py.", "c"))
+    hint = hint_from_error(TurnError("", "Now move it.", demonstrations=shown))
+    asked = "Read {0}.\n\nHint: Now move it.\n\nRead {0}."
+    assert with_hint(answered, hint, "demonstrate") == (
+        *answered[:-1],
+        Message("tool", "red\n\n" + asked.format("/b.py")),
+        Message("assistant", "b"),
+        Message("user", asked.format("/c.py")),
+        Message("assistant", "c"),
+        Message("user", asked.format("/src/app.py")),
+    )
+
+
+def test_without_a_user_turn_the_last_message_is_restated():
+    state = (Message("system", "You call tools."), Message("tool", "red"))
+    hint = hint_from_error(TurnError("", "Go on.", demonstrations=(("Read b.", "b"),)))
+    assert with_hint(state, hint, "demonstrate") == with_hint(state, hint, "restate")
+
+
 def test_without_an_example_or_after_a_tools_answer_the_message_is_restated(smollm2_tokenizer):
     answered = (*STATE, Message("assistant", ACTION), Message("tool", "error: no"))
     for state, hint in (
