@@ -62,11 +62,7 @@ def wrong(sites: Sequence[HintSite]) -> list[HintSite]:
 
 def _wrong_hint(site: HintSite) -> str:
     turns = zip(site.state, site.state[1:], strict=False)
-    # The first answer to a request: a later turn's state also holds the policy's own calls.
-    old_calls: dict[str, str] = {}
-    for asked, said in turns:
-        if said.role == "assistant":
-            old_calls.setdefault(asked.content, said.content)
+    old_calls = {asked.content: said.content for asked, said in turns if said.role == "assistant"}
     if not old_calls:
         return hint_from_error(TurnError("", f'Use the key "{WRONG_KEYS[0]}".'))
     first = next(iter(old_calls.values()))
