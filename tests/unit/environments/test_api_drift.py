@@ -138,6 +138,12 @@ def test_an_error_demonstrates_todays_answer_to_the_last_requests_in_the_prompt(
     assert json.loads(error.example) == drift.translate(task.demos[-1][1])
 
 
+@pytest.mark.parametrize("num_shown", [-1, 4])
+def test_a_hint_cannot_demonstrate_more_than_the_prompt_shows(num_shown):
+    with pytest.raises(DataError, match=rf"num_hint_demos is {num_shown}; a prompt shows 3"):
+        started(num_hint_demos=num_shown)
+
+
 def test_the_demonstrated_tool_is_the_one_that_the_request_asks_for():
     environment, task = started("read", num_hint_demos=3)
     error = told(environment, {"tool": "list", "path": task.target})
