@@ -71,7 +71,7 @@ LIMITS = """## What this can and cannot show
   figure of that drift. Others are below its table, one seed each and nothing tuned for them: all
   three channels stay far below 90 % on each, while the base and GRPO are at 0 %. Two things hold
   them back (log.md). The hinted model does not know the rule itself: with one example it is right
-  at 0.77 of failed prompts over four drifts, at 0.26 by probability for a flag of `list`, and SDPO
+  at 0.77 of failed prompts over four drifts, at 0.25 for the flag of `list` (drift 4), and SDPO
   teaches no more than that. And Adam at its usual settings overshoots in what all hints have in
   common, "not as shown": rollouts lose their form in the first steps. With hints that demonstrate
   (`num_hint_demos = 3`; right at 0.97), `adam_beta1` 0.3, `adam_epsilon` 1e-4, a rate of 1e-4 and
