@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from plan_memory_page import formula_error, planned_gib, stored, used_gib
+from plan_memory_page import enough_gib, formula_error, planned_gib, stored
 
 from composer_replication.experiments.evidence_report import Cell, load_cells
 
@@ -17,12 +17,15 @@ def headline_lines() -> list[str]:
 
 
 def _step_lines() -> list[str]:
-    on_cpu, on_gpu = (_report(f"step_{name}") for name in ("one_state_trl", "cuda_05b"))
+    names = ("one_state_trl", "cuda_05b", "cuda_05b_32k")
+    on_cpu, on_gpu, of_long = (_report(f"step_{name}") for name in names)
     return [
         f"- **A step**: all three channels take {_share(on_cpu)} of TRL's GRPO step alone on a "
         f"{on_cpu['machine']}",
         f"  ({_sizes(on_cpu)}) and {_share(on_gpu)} on an",
-        f"  {on_gpu['machine']} ({_sizes(on_gpu)});",
+        f"  {on_gpu['machine']} ({_sizes(on_gpu)}),",
+        f"  {_share(of_long)} there with {of_long['workload']['prefix']:,} tokens and "
+        f"{of_long['workload']['rollouts']} rollouts;",
         "  loss and gradients are compared first "
         "([docs/performance.md](docs/performance.md)).",
     ]  # fmt: skip
@@ -46,12 +49,12 @@ def _memory_lines() -> list[str]:
     rows = [row for row in stored("cuda") if row["reserved_gib"] is not None]
     errors = [formula_error(row) for row in rows]
     devices = sorted({row["device"] for row in rows})
-    num_within = sum(used_gib(row) <= planned_gib(row) for row in rows)
+    num_within = sum(enough_gib(row) <= planned_gib(row) for row in rows)
     return [
         f"- **A plan**: its formulas are {min(errors):+.1%} to {max(errors):+.1%} off the tensors "
         f"of {len(rows)} steps on an",
-        f"  {' and '.join(devices)}; {num_within} stay within all that is planned for them, whose",
-        "  margins they set",
+        f"  {' and '.join(devices)}; {num_within} ran in what is planned for them, margins "
+        "included",
         "  ([docs/planner.md](docs/planner.md)).",
     ]
 

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plan_memory_page import case_of, planned_total_gib, row_key, settings_of, stored_case
+from plan_memory_page import (
+    SHARES,
+    case_of,
+    planned_total_gib,
+    row_key,
+    settings_of,
+    stored_case,
+)
 
 from composer_replication.experiments.case_step import CaseStep, case_policy, case_tensors
 from composer_replication.experiments.simulate import simulate
@@ -22,9 +29,6 @@ from composer_replication.planner.layer_memory import keeps_scores
 from composer_replication.planner.memory import predict
 from composer_replication.planner.step_case import StepCase
 from composer_replication.units import BYTES_PER_GIB, gib
-
-SHARES = {"fits_planned": 1.0, "fits_93": 0.93, "fits_85": 0.85}
-"""Of the planned total, the largest first."""
 
 _FIGURES = ("before_gib", "allocated_gib", "reserved_gib", "context_gib", "step_s")
 _SMALL, _LARGE = "shape:qwen2.5-0.5b", "shape:qwen2.5-7b"

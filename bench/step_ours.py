@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from step_baselines import (
@@ -16,6 +18,7 @@ from step_baselines import (
 from step_flops import Forward
 from step_workload import Ids, Pair, Workload, step_tensors, unique_tokens
 from torch import Tensor
+from transformers.integrations import sdpa_attention
 
 from composer_replication.batch.batches import Rollout
 from composer_replication.step.channels import CHANNELS as CHANNEL_TABLE
@@ -23,6 +26,7 @@ from composer_replication.step.optimizer_step import channel_sums
 from composer_replication.step.packed import is_riding_cheaper
 from composer_replication.step.scores import Executor
 from composer_replication.step.separate import score_separately
+from composer_replication.training.out_of_memory import is_out_of_memory
 
 DRIFT = 0.2
 """Nats that sampler and reference differ from the policy by, so that ratios clip and pairs pull."""
@@ -144,23 +148,42 @@ def reference_step(setting: Setting, workload: Workload, seed: int) -> Reference
     )
 
 
-def rounding_errors(setting: Setting, reference: Reference) -> dict[str, float]:
+def rounding_error(setting: Setting, reference: Reference, channels: str) -> float | None:
     """How far the reference's gradients are from fp32 ones: its forwards were in half precision.
 
-    Of each set of channels, all gradients as one vector; log-probs of sampler and reference are the
-    same. Call it outside autocast.
+    All gradients of the channels as one vector; weights are those of the reference, and so are the
+    log-probs of sampler and reference. Call it outside autocast. None: fp32 does not fit.
     """
-    setting.model.zero_grad(set_to_none=True)
-    errors: dict[str, float] = {}
-    for channels, expected in reference.grads.items():
-        step = OurStep("separate", setting, score_separately, tuple(channels.split("+")))
-        rollouts = Workload(reference.workload.rollouts, (), ())
-        whole = rollouts if channels == "grpo" else reference.workload
-        for part in whole.parts(1):
-            step.loss(part).backward()
-        errors[channels] = whole_gradient_error(expected, gradients(setting, copy=False))
-        setting.model.zero_grad(set_to_none=True)
-    return errors
+    model = setting.model
+    held_in = next(model.parameters()).dtype
+    model.zero_grad(set_to_none=True)
+    step = OurStep("separate", setting, score_separately, tuple(channels.split("+")))
+    rollouts = Workload(reference.workload.rollouts, (), ())
+    whole = rollouts if channels == "grpo" else reference.workload
+    try:
+        model.float()
+        with _repeated_keys():
+            for part in whole.parts(1):
+                step.loss(part).backward()
+        norms = difference_norms(reference.grads[channels], gradients(setting, copy=False))
+        return whole_gradient_error(norms)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.to(dtype=held_in)
+
+
+@contextmanager
+def _repeated_keys() -> Iterator[None]:
+    """Attention with each key once for each of its queries, of which CUDA has a fused fp32 kernel.
+
+    With grouped heads it keeps the scores instead, which long rows do not fit.
+    """
+    with mock.patch.object(sdpa_attention, "use_gqa_in_sdpa", return_value=False):
+        yield
 
 
 def gradients(setting: Setting, *, copy: bool) -> list[Tensor]:
@@ -174,19 +197,7 @@ def gradients(setting: Setting, *, copy: bool) -> list[Tensor]:
     return [grad.to("cpu", copy=True) for grad in grads] if copy else grads
 
 
-def gradient_errors(grads: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
-    """Of each parameter: the norm of the difference over the norm of what is expected."""
-    norms = _difference_norms(grads, expected)
-    return [off / max(norm, torch.finfo(torch.float32).tiny) for off, norm in norms]
-
-
-def whole_gradient_error(grads: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The same of all parameters as one vector."""
-    off, norm = map(math.hypot, *_difference_norms(grads, expected))
-    return off / norm
-
-
-def _difference_norms(
+def difference_norms(
     grads: Sequence[Tensor], expected: Sequence[Tensor]
 ) -> list[tuple[float, float]]:
     """For each parameter the norms of the difference and of what is expected."""
@@ -195,6 +206,17 @@ def _difference_norms(
         want = want.to(grad.device)
         norms.append((float((grad - want).norm()), float(want.norm())))
     return norms
+
+
+def gradient_errors(norms: Sequence[tuple[float, float]]) -> list[float]:
+    """Of each parameter: the norm of the difference over the norm of what is expected."""
+    return [off / max(norm, torch.finfo(torch.float32).tiny) for off, norm in norms]
+
+
+def whole_gradient_error(norms: Sequence[tuple[float, float]]) -> float:
+    """The same of all parameters as one vector."""
+    off, norm = map(math.hypot, *norms)
+    return off / norm
 
 
 def _single_rows(workload: Workload) -> Iterator[Workload]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from step_baselines import Setting
-from step_ours import OurStep, gradient_errors, gradients, reference_step
+from step_ours import OurStep, difference_norms, gradient_errors, gradients, reference_step
 from step_workload import Draw, Sizes, Workload, one_state
 from torch import Tensor
 
@@ -47,7 +47,10 @@ def report(spec: str, sizes: Sizes) -> dict[str, Any]:
     exact_loss, exact_grads = measured(setting, reference.workload, "separate")
     model.float()
     found = {name: measured(setting, reference.workload, name) for name in EXECUTORS}
-    errors = {name: gradient_errors(grads, exact_grads) for name, (_, grads) in found.items()}
+    errors = {
+        name: gradient_errors(difference_norms(grads, exact_grads))
+        for name, (_, grads) in found.items()
+    }
     ratios = [p / s for p, s in zip(errors["packed"], errors["separate"], strict=True) if s > 0]
     return {
         "model": loaded.label,

@@ -97,6 +97,46 @@ def test_a_step_with_another_gradient_is_not_timed(tiny_folder, monkeypatch):
         run_bench(tiny_folder, "--variants", "ours")
 
 
+def test_a_bf16_gradient_may_be_twice_as_far_off_as_rounding_takes_it(
+    tiny_folder, monkeypatch, capsys
+):
+    flags = ["--precision", "bf16", "--weights", "bf16", "--variants", "ours"]
+    args = bench.parse_args(["--model", tiny_folder, *SMALL, *flags])
+    monkeypatch.setitem(bench.MAX_GRAD_ERROR, "bf16", 1e-9)
+    loaded = load_model(tiny_folder, dtype=torch.bfloat16)
+    weights = [weight.clone() for weight in loaded.model.parameters()]
+    report = bench.measure(args, loaded)
+    rounding = report["rounding_errors"]["grpo+sdpo+dpo"]
+    assert 1e-3 < rounding < 0.2
+    assert f"{bench.OF_ROUNDING * rounding:.1e}" in capsys.readouterr().err
+    # The fp32 forwards had the same weights, which are bf16 again.
+    for weight, before in zip(loaded.model.parameters(), weights, strict=True):
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, before)
+    monkeypatch.setattr(bench, "OF_ROUNDING", 1e-6)
+    with pytest.raises(SystemExit, match="Nothing was timed"):
+        bench.measure(args, loaded)
+
+
+def test_a_baseline_that_only_memory_keeps_from_a_verdict_is_left_out_and_ours_never_is(
+    tiny_folder, monkeypatch, capsys
+):
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    good_loss = bench.GoodStep.loss
+    monkeypatch.setattr(bench.GoodStep, "loss", lambda step, part: 1.5 * good_loss(step, part))
+    monkeypatch.setattr(ours, "_repeated_keys", out_of_memory)
+    flags = ["--precision", "bf16", "--weights", "bf16", "--variants", "good", "ours"]
+    args = bench.parse_args(["--model", tiny_folder, *SMALL, *flags])
+    loaded = load_model(tiny_folder, dtype=torch.bfloat16)
+    assert set(bench.measure(args, loaded)["step_s"]) == {"ours"}
+    assert "good is left out" in capsys.readouterr().err
+    monkeypatch.setitem(bench.MAX_GRAD_ERROR, "bf16", 0.0)
+    with pytest.raises(SystemExit, match="ours differs"):
+        bench.measure(args, loaded)
+
+
 def test_counted_flops_are_those_that_torch_counts(tiny_folder):
     model = load_model(tiny_folder, attn_implementation="eager").model
     rows, tokens = 2, 10
