@@ -2,7 +2,10 @@
 
 import errno
 import os
+import re
 from pathlib import Path
+
+import psutil
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a write fails with where a disk, a quota or a volume is full."""
@@ -31,6 +34,14 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
 def temporary_name(name: str) -> str:
     """The hidden name beside the target under which this process writes."""
     return f".{name}.{os.getpid()}.tmp"
+
+
+def drop_torn_writes(folder: Path) -> None:
+    """Remove what writers that live no more left in `folder` itself."""
+    for entry in folder.iterdir():
+        writer = re.fullmatch(r"\..+\.(\d+)\.tmp", entry.name)
+        if writer and entry.is_file() and not psutil.pid_exists(int(writer[1])):
+            entry.unlink(missing_ok=True)
 
 
 def is_temporary(name: str) -> bool:

@@ -9,7 +9,11 @@ from typing import Self
 from filelock import FileLock
 
 from composer_replication.errors import RunDirectoryError
-from composer_replication.runs.atomic_files import is_temporary, write_text_atomically
+from composer_replication.runs.atomic_files import (
+    drop_torn_writes,
+    is_temporary,
+    write_text_atomically,
+)
 from composer_replication.runs.json_text import to_json_text
 from composer_replication.runs.rollout_files import write_rollouts
 from composer_replication.runs.run_lock import LOCK_FILE, OWNER_FILE, take_lock
@@ -27,6 +31,7 @@ SUMMARY_FILE = "summary.json"
 FIGURES_PREFIX = "figures_"
 """Begins the names of what an evaluation has finished of its parts."""
 
+_ROLLOUTS, _CREDIT = "rollouts", "credit"
 _NO_RESULTS = {SCHEMA_FILE, LOCK_FILE, OWNER_FILE, "config.toml", "error.txt", "planned.json"}
 
 
@@ -63,6 +68,9 @@ class RunDirectory:
             _check_schema(path, resume=resume)
             if not (path / SCHEMA_FILE).exists():
                 write_text_atomically(path / SCHEMA_FILE, _with_schema({}))
+            for folder in (path, path / _ROLLOUTS, path / _CREDIT):
+                if folder.is_dir():
+                    drop_torn_writes(folder)
         except BaseException:
             lock.release()
             raise
@@ -122,12 +130,12 @@ class RunDirectory:
     @property
     def rollouts_dir(self) -> Path:
         """One file of rollouts a step."""
-        return self.path / "rollouts"
+        return self.path / _ROLLOUTS
 
     @property
     def credit_dir(self) -> Path:
         """Per-token credit, one file for each step that asked for it."""
-        return self.path / "credit"
+        return self.path / _CREDIT
 
     def forget_ending(self) -> None:
         """Remove how an earlier attempt ended: it would be read as this one's if it is killed."""

@@ -229,3 +229,21 @@ def test_the_latest_folder_counts_numbers_and_ignores_longer_names(tmp_path):
         (tmp_path / name).mkdir()
     assert latest_folder(tmp_path, "smoke").name == "smoke-10"
     assert latest_folder(tmp_path, "other").name == "other"
+
+
+def test_what_killed_writers_left_is_gone_when_the_run_goes_on(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    with RunDirectory.create(tmp_path / "run", resume=False) as run:
+        run.append_metrics({"step": 1})
+        run.write_rollouts(1, [{"reward": 1.0}])
+    torn = [run.path / f".metrics.jsonl.{dead.pid}.tmp", run.rollouts_dir / f".a.{dead.pid}.tmp"]
+    kept = [run.path / f".summary.json.{os.getppid()}.tmp", run.path / f"a.{dead.pid}.tmp"]
+    for path in (*torn, *kept):
+        path.write_text("half")
+    with pytest.raises(RunDirectoryError):
+        RunDirectory.create(run.path, resume=False)
+    assert all(path.exists() for path in torn)  # the folder that is refused stays as it is
+    with RunDirectory.create(run.path, resume=True):
+        assert not any(path.exists() for path in torn)
+        assert all(path.exists() for path in kept)
