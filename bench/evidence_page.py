@@ -1,11 +1,13 @@
 """docs/evidence.md and its curves, from the result files."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from composer_replication.environments.api_drift_rules import drift_from_seed
 from composer_replication.experiments.evidence_arms import (
     ARMS,
+    CHOICE_DRIFTS,
     NUM_SEEDS_CONTROL,
     NUM_SEEDS_MAIN,
     SETTINGS,
@@ -30,15 +32,16 @@ SmolLM2-135M-Instruct, every weight trained in fp32, on the machine that each fi
 - All arms of a task have the same settings, prompts, seeds and number of rollouts, so they
   sample the same number of episodes; tokens differ with how long the episodes are, and are in
   the table. Error turns of a rollout are the only hint sites: no arm samples anything besides.
-- Settings are those of more than a dozen trials (log.md), on training prompts and on a validation
-  split, whose files, folders and words are in neither of the other two. No grid was searched.
-  One was dropped after a look at the held-out split: two prompts in six for the old convention
-  (log.md). Before that look, one pair a step at a weight of 0.05 had been right at 16 of 16
-  validation prompts. That was changed after it: three seeds of all three channels had reached 98,
-  88 and 72 % with it (log.md). Task A's pairs were then doubled, and their weight, on the
-  validation split of the seed that lacked a rule (log.md): what stands. So held-out prompts of
-  seeds 0 to 2 had been seen before the last change; seeds from 3 on are fresh.
-  No held-out string is in a hint, a pair or a prompt of training.
+- Settings are those of trials (log.md) on training prompts and on a validation split, whose files,
+  folders and words are in neither of the other two. No grid was searched. Task A's were chosen
+  twice. The first ones, found on the shipped drift alone, took all three channels to 90 % of its
+  held-out prompts and to 70, 30 and 45 % of those of three other drifts. That look is why they were
+  chosen again: on validation prompts of drifts 0, 1, 4 and 7, under seed 0. What changed is how a
+  hint demonstrates, `beta1` and `epsilon` of Adam, the rate and the number of steps; log.md has
+  the trials. So held-out prompts of seeds 0 to 4 had been seen before the last change, and task B's
+  of seeds 0 to 2. *Fresh seeds* are those from 5 on for task A and from 3 on for task B; drifts
+  other than those four had never been tried. No held-out string is in a hint, a pair or a prompt
+  of training.
 - *greedy* and *at T*, that of the rollouts: exact success on held-out prompts, the first action
   right and the request carried out. The interval is 95 %: over seeds (Student's t) where three or
   more differ, else over the prompts of all of them (Wilson), which says nothing about other seeds.
@@ -62,35 +65,29 @@ LIMITS = """## What this can and cannot show
   dense channels are for, and it is not the usual case.
 - What it costs: a model that learns today's rules uses them everywhere unless something tells the
   two apart. Every fifth training prompt asks for the old convention, in the words of the probe and
-  on other requests; in a trial without such prompts (24 steps of 16 rollouts, one seed, log.md) it
-  fell from 92 % to 4 %, and with twice as many it kept more of the old and learned less of the
-  new. Nothing of everyday replies is in training; their loss says what else was lost.
+  on other requests; in a trial of earlier settings without such prompts (one seed, log.md) it fell
+  from 92 % to 4 %, and with twice as many it kept more of the old and learned less of the new.
+  Nothing of everyday replies is in training; their loss says what else was lost.
 - At T = 1 this model writes prose or code at most prompts (2 nats a token): in one trial of other
   settings (log.md) 8 % were right after training. Greedy figures are what a user of it would see.
-- The settings were found on one drift, whose four tools want their first call right, and 90 % is a
-  figure of that drift. Others are below its table, one seed each and nothing tuned for them: all
-  three channels stay far below 90 % on each, while the base and GRPO are at 0 %. Two things hold
-  them back (log.md). The hinted model does not know the rule itself: with one example it is right
-  at 0.77 of failed prompts over four drifts, at 0.25 for the flag of `list` (drift 4), and SDPO
-  teaches no more than that. And Adam at its usual settings overshoots in what all hints have in
-  common, "not as shown": rollouts lose their form in the first steps. With hints that demonstrate
-  (`num_hint_demos = 3`; right at 0.97), `adam_beta1` 0.3, `adam_epsilon` 1e-4, a rate of 1e-4 and
-  32 steps, trials on validation prompts were right at 100, 72, 80 to 82 and 85 % under drifts 0, 1,
-  4 and 7, one seed each: 97 % where neither a path is rooted nor a file has to be read first. The
-  rooted folder of `edit` and `write` comes out wrong half of the time, and the second turn of
-  `read_first` was never right. The tables are from before.
-- GRPO + SDPO learns three of the four rules, and in no seed the fourth, a flag that `delete` wants
-  added: every one of its failures there is the missing flag. Pairs teach it. So both channels are
-  needed here, as the task was built to ask.
+- Rules are drawn at random, and some are harder: see the tables of other drifts. What is left there
+  (log.md) is mostly of two kinds. Where a path has to be rooted, the folder of `edit` and `write`
+  comes out wrong half of the time. Where a file has to be read first, the first turn is learned and
+  the second never was: after a tool's result this model answers in prose. The hinted model is not
+  sure of either itself, and SDPO teaches no more than its teacher knows.
+- GRPO + SDPO ends within all three channels' interval: that pairs add something here is not shown.
+  Under the first settings, with one example in a hint, it had never learned the flag of `delete`,
+  which pairs taught; three demonstrations teach it. Pairs alone spread `read`'s new key to every
+  tool, and nothing is left of the old convention.
 - A DPO pair's chosen side holds the answer, a hint does not. That is why pairs cover only every
   second rule: columns *rules with pairs* and *rules without* tell the channels apart.
 - Shuffled hints are those of other tools, so each rule is still shown, at another tool's turns.
   What spreads from there to all tools is right for the rule's own: see the table by tool. Wrong
   hints show the old call under a key that no tool has, and so nothing of today's rules.
 - Tasks are procedural and short: four to eight tools, calls of some 25 tokens, one turn. They say
-  nothing about long episodes or about code. With all eight tools of task A the same method had
-  learned 3 of 16 validation calls after 8 steps of a trial and no more after 12 (log.md): four is
-  what a run of this length teaches.
+  nothing about long episodes or about code. With all eight tools of task A the first settings had
+  learned 3 of 16 validation calls after 8 steps of a trial and no more after 12 (log.md); today's
+  were not tried on them.
 - On task B the intervals of all four trained arms overlap: nothing here says that the further
   channels end above GRPO there, or sooner.
 - GRPO's groups are of two rollouts, so that a step of 10 has a prompt of each tool. Larger groups
@@ -201,13 +198,29 @@ def _settings(task: str) -> str:
         f"{grpo['max_steps']} steps of {size} rollouts "
         f"({size // int(grpo['num_generations'])} prompts "
         f"x {grpo['num_generations']}), T = {grpo['temperature']}, learning rate "
-        f"{grpo['learning_rate']} ({grpo['lr_scheduler_type']}), "
+        f"{grpo['learning_rate']} ({grpo['lr_scheduler_type']}{_warmup(grpo)}), "
+        f"{_adam(grpo)}"
         f"alpha_sdpo {settings.config['alpha_sdpo']}, beta_replay "
         f"{settings.config['beta_replay']}, teacher `{settings.config['teacher']}`, SDPO with "
         f"{divergence.get(sdpo['beta'], 'JSD')} and hints placed `{sdpo['hint_placement']}`; "
         f"{settings.num_heldout} held-out prompts, {settings.num_curve} at each point of the curve."
         + _tools_sentence(settings.num_tools)
+        + _demonstrations_sentence(settings.knobs)
         + _old_convention_sentence(settings.old_convention_every)
+    )
+
+
+def _warmup(grpo: Mapping[str, object]) -> str:
+    return f" after {grpo['warmup_steps']} steps of warm-up" if "warmup_steps" in grpo else ""
+
+
+def _adam(grpo: Mapping[str, object]) -> str:
+    """Adam's constants where they are not the usual ones."""
+    if "adam_beta1" not in grpo:
+        return ""
+    return (
+        f"Adam's beta1 {grpo['adam_beta1']}, beta2 {grpo['adam_beta2']} and epsilon "
+        f"{grpo['adam_epsilon']}, "
     )
 
 
@@ -248,7 +261,12 @@ def _rules(drift: int, cells: list[Cell]) -> str:
         for rule in drift_from_seed(drift).rules
         if rule.tool in tools
     ]
-    return f"The settings as they are, no trial before. {'; '.join(rules)}."
+    history = (
+        "One of the four drifts on whose validation prompts the settings were chosen."
+        if drift in CHOICE_DRIFTS
+        else "The settings as they are; this drift had never been tried."
+    )
+    return f"{history} {'; '.join(rules)}."
 
 
 def _tools_sentence(num_tools: int | None) -> str:
@@ -257,6 +275,15 @@ def _tools_sentence(num_tools: int | None) -> str:
     return (
         f" {num_tools} of the eight tools, half of them with pairs; prompts go through the tools "
         "in turn, so that every step has all of them."
+    )
+
+
+def _demonstrations_sentence(knobs: Mapping[str, object]) -> str:
+    if not knobs.get("num_hint_demos"):
+        return ""
+    return (
+        f" A hint answers {knobs['num_hint_demos']} requests of the prompt in today's convention, "
+        "never the one that was asked."
     )
 
 

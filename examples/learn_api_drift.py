@@ -42,8 +42,13 @@ def trainer_config(channels: Sequence[str], out: Path, seed: int, steps: int) ->
         output_dir=str(out / "checkpoints"),
         seed=seed,
         max_steps=steps,
-        learning_rate=5e-5,
+        learning_rate=1e-4,
         lr_scheduler_type="linear",
+        warmup_steps=2,
+        # All hints say "not as shown": at the usual 0.9 and 1e-8 Adam overshoots in that.
+        adam_beta1=0.3,
+        adam_beta2=0.99,
+        adam_epsilon=1e-4,
         per_device_train_batch_size=10,
         num_generations=2,
         max_completion_length=84,
@@ -125,7 +130,7 @@ def main() -> None:
     parser.add_argument("--channels", default="grpo,sdpo,dpo", help="of these, with commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="smollm2-135m", help="the embedded one, or a folder")
-    parser.add_argument("--steps", type=int, default=16, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=32, help="optimizer steps")
     parser.add_argument("--heldout", type=int, default=40, help="requests to be tried on")
     parser.add_argument("--out", type=Path, default=Path("runs/learn_api_drift"))
     args = parser.parse_args()
@@ -145,7 +150,7 @@ def main() -> None:
     curve = HeldoutEvaluation(
         EvaluationData("held-out", TASK, heldout.prompts[:16], []),
         loaded.tokenizer,
-        every_steps=4,
+        every_steps=8,
         num_prompts=16,
         write=points.append,
         say=print,

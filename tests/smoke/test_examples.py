@@ -51,7 +51,7 @@ def test_the_learning_example_says_before_and_after_and_keeps_model_and_curve(
 def test_the_learning_example_has_the_settings_of_the_evidence(tmp_path, arm):
     channels = {"all": ["grpo", "sdpo", "dpo"], "sdpo": ["grpo", "sdpo"], "grpo": ["grpo"]}[arm]
     example = runpy.run_path(str(EXAMPLES / "learn_api_drift.py"))
-    shown = dataclasses.asdict(example["trainer_config"](channels, tmp_path, 3, 16))
+    shown = dataclasses.asdict(example["trainer_config"](channels, tmp_path, 3, 32))
     file = run_config(EvidenceRun("api_drift", arm, 3), SETTINGS["api_drift"], str(tmp_path))
     with RunDirectory.create(tmp_path / "run", resume=False) as directory:
         run_values = composer_config(file, directory, {}, reference_cache=tmp_path)

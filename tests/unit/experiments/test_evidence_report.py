@@ -5,7 +5,12 @@ import math
 
 import pytest
 
-from composer_replication.experiments.evidence_arms import ARMS, SETTINGS, fingerprint
+from composer_replication.experiments.evidence_arms import (
+    ARMS,
+    FIRST_FRESH_SEED,
+    SETTINGS,
+    fingerprint,
+)
 from composer_replication.experiments.evidence_claims import claims_table, tokens_to_reach
 from composer_replication.experiments.evidence_report import (
     Cell,
@@ -161,10 +166,11 @@ def test_the_old_convention_is_compared_seed_by_seed():
 
 
 def test_other_drifts_are_judged_apart_and_move_no_other_claim():
-    rows = [many("all", (1, 1, 1, 1), drift=drift) for drift in (0, 4)]
-    rows += [many("all", (1, 0, 1, 0), drift=7), many("grpo", (1, 1, 1, 1), drift=7)]
+    rows = [many("all", (1, 1, 1, 1), drift=drift) for drift in (0, 2)]
+    rows += [many("all", (1, 0, 1, 0), drift=5), many("grpo", (1, 1, 1, 1), drift=5)]
+    rows += [many("all", (0, 0, 0, 0), drift=7)]  # the settings were chosen on it as well
     found = claims(*rows)
-    assert found["the same on other drifts, untuned"][:3] == [
+    assert found["the same on drifts that nothing was chosen on"][:3] == [
         "100%, 50% (by drift)",
         "1",
         "not by its mean",
@@ -174,10 +180,11 @@ def test_other_drifts_are_judged_apart_and_move_no_other_claim():
 
 
 def test_seeds_from_before_the_last_settings_are_not_among_the_fresh_ones():
-    rows = [result("grpo", (1, 1, 1, 1), seed=s) for s in range(3)]
-    rows += [result("grpo", (0, 0, 0, 0), seed=s) for s in (3, 4)]
+    first = FIRST_FRESH_SEED["api_drift"]
+    rows = [result("grpo", (1, 1, 1, 1), seed=s) for s in range(first)]
+    rows += [result("grpo", (0, 0, 0, 0), seed=s) for s in (first, first + 1)]
     columns = claims(*rows)["GRPO alone stays at or under 10%"]
-    assert columns[1] == "5"
+    assert columns[1] == str(first + 2)
     assert columns[3] == "0% (0% to 32%), 2"  # Wilson at 0 of 8
 
 
