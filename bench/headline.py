@@ -94,4 +94,5 @@ def _evidence_lines() -> list[str]:
 
 
 def _rate(cell: Cell) -> str:
-    return f"{cell.rate()[0]:.0%} ({len(cell.results)} seeds)"
+    number = len(cell.results)
+    return f"{cell.rate()[0]:.0%} ({number} seed{'s' if number > 1 else ''})"
