@@ -81,9 +81,9 @@ LIMITS = """## What this can and cannot show
   tool, and nothing is left of the old convention.
 - A DPO pair's chosen side holds the answer, a hint does not. That is why pairs cover only every
   second rule: columns *rules with pairs* and *rules without* tell the channels apart.
-- Shuffled hints are those of other tools, so each rule is still shown, at another tool's turns.
-  What spreads from there to all tools is right for the rule's own: see the table by tool. Wrong
-  hints show the old call under a key that no tool has, and so nothing of today's rules.
+- Shuffled hints are those of other tools, so each rule is still shown, at another tool's turns:
+  that makes no greedy call right in any seed, and a few sampled ones. Wrong hints show the old call
+  under a key that no tool has, and so nothing of today's rules.
 - Tasks are procedural and short: four to eight tools, calls of some 25 tokens, one turn. They say
   nothing about long episodes or about code. With all eight tools of task A the first settings had
   learned 3 of 16 validation calls after 8 steps of a trial and no more after 12 (log.md); today's
