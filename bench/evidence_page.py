@@ -75,10 +75,10 @@ LIMITS = """## What this can and cannot show
   comes out wrong half of the time. Where a file has to be read first, the first turn is learned and
   the second never was: after a tool's result this model answers in prose. The hinted model is not
   sure of either itself, and SDPO teaches no more than its teacher knows.
-- GRPO + SDPO ends within all three channels' interval: that pairs add something here is not shown.
-  Under the first settings, with one example in a hint, it had never learned the flag of `delete`,
-  which pairs taught; three demonstrations teach it. Pairs alone spread `read`'s new key to every
-  tool, and nothing is left of the old convention.
+- The intervals of GRPO + SDPO and of all three channels overlap: that pairs add something here is
+  not shown. Under the first settings, with one example in a hint, GRPO + SDPO had never learned the
+  flag of `delete`, which pairs taught; three demonstrations teach it. Pairs alone spread `read`'s
+  new key to every tool, and nothing is left of the old convention.
 - A DPO pair's chosen side holds the answer, a hint does not. That is why pairs cover only every
   second rule: columns *rules with pairs* and *rules without* tell the channels apart.
 - Shuffled hints are those of other tools, so each rule is still shown, at another tool's turns:
