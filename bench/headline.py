@@ -6,7 +6,7 @@ from typing import Any
 
 from plan_memory_page import enough_gib, formula_error, planned_gib, stored
 
-from composer_replication.experiments.evidence_arms import CHOICE_DRIFTS
+from composer_replication.experiments.evidence_claims import untried_drifts
 from composer_replication.experiments.evidence_report import Cell, load_cells
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -70,11 +70,7 @@ def _evidence_lines() -> list[str]:
         "wrong_hint": "with hints that name a wrong key",
         "live_teacher": "with a live teacher",
     }
-    others = [
-        cell
-        for cell in cells
-        if (cell.task, cell.arm) == ("api_drift", "all") and cell.drift not in CHOICE_DRIFTS
-    ]
+    others = untried_drifts(cells)
     untuned = ", ".join(f"{cell.rate()[0]:.0%}" for cell in others)
     refuted = [f"{title} {_rate(found[arm])}" for arm, title in controls.items() if arm in found]
     lines = [

@@ -148,9 +148,9 @@ def cuda_lines(path: Path) -> list[str]:
         f"totals are {min(over):+.1%} to {max(over):+.1%} of what was enough by either: none says "
         "*fits* where the step",
         f"did not. {len(held_out)} steps were measured after the margins had been set: "
-        f"{sum(row['fits_planned'] for row in held_out)} ran within",
-        f"their totals, {sum(row['fits_93'] for row in held_out)} within 93 % of them. Where a "
-        "card has room the allocator may take more than",
+        f"{sum(bool(row['fits_planned']) for row in held_out)} ran within",
+        f"their totals, {sum(bool(row['fits_93']) for row in held_out)} within 93 % of them. "
+        "Where a card has room the allocator may take more than",
         f"it needs: {used_gib(greedy):.1f} GiB for a step that runs in {enough_gib(greedy):.1f}.",
         *([f"An error ended {num_failed}."] if num_failed else []),
         "",
@@ -192,8 +192,12 @@ def enough_gib(row: dict[str, Any]) -> float:
 
     Without a limit torch's allocator keeps whatever it once asked for.
     """
-    held = [share * row["planned_total_gib"] for name, share in SHARES.items() if row[name]]
-    return min([used_gib(row), *held])
+    return min([used_gib(row), *_totals_that_ran(row)])
+
+
+def _totals_that_ran(row: dict[str, Any]) -> list[float]:
+    """What the allocator was held to while the step ran."""
+    return [share * row["planned_total_gib"] for name, share in SHARES.items() if row[name]]
 
 
 def formula_error(row: dict[str, Any]) -> float:
@@ -219,9 +223,8 @@ def _least_total(row: dict[str, Any]) -> str:
     """The least total that was tried and was enough."""
     if row["fits_planned"] is None:
         return "not tried"
-    enough = [share for name, share in SHARES.items() if row[name]]
-    held = row["planned_total_gib"]
-    return f"{enough[-1] * held:.1f}" if enough else f"more than {held:.1f}"
+    enough = _totals_that_ran(row)
+    return f"{min(enough):.1f}" if enough else f"more than {row['planned_total_gib']:.1f}"
 
 
 def _peer_lines() -> list[str]:

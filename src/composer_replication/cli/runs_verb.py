@@ -143,7 +143,8 @@ def _logs(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
 
 
 def _cancel(options: argparse.Namespace, record: "LaunchRecord") -> Answer:
-    from composer_replication.launch.records import is_alive, save_record
+    from composer_replication.launch.records import save_record
+    from composer_replication.runs.process_age import is_alive
 
     if record.where == "modal":
         return cancel_job(record, lambda text: _say(options, text))

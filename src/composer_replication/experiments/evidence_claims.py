@@ -6,7 +6,7 @@ measured a second time on the seeds that were not looked at before the settings 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -84,6 +84,12 @@ def claims_table(cells: Sequence[Cell]) -> list[str]:
     return lines
 
 
+def untried_drifts(cells: Iterable[Cell]) -> list[Cell]:
+    """All three channels under the drifts that the settings were not chosen on, in their order."""
+    own = [c for c in cells if (c.task, c.arm) == ("api_drift", "all")]
+    return sorted((c for c in own if c.drift not in CHOICE_DRIFTS), key=lambda cell: cell.drift)
+
+
 def tokens_to_reach(cell: Cell, other: Cell) -> list[float]:
     """Share of the other's sampled tokens at which `cell` first had the other's last score.
 
@@ -145,11 +151,7 @@ def _from_best_to_worst(values: Sequence[float]) -> Interval:
 
 def _other_drifts(found: Found) -> Measured | None:
     """The same, each drift that the settings were not chosen on for one value."""
-    cells = [
-        cell
-        for (_, arm, drift), cell in sorted(found.items())
-        if arm == "all" and drift not in CHOICE_DRIFTS
-    ]
+    cells = untried_drifts(found.values())
     if not cells:
         return None
     rates = [cell.rate()[0] for cell in cells]

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import socket
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from composer_replication.errors import InputError, RunDirectoryError, nearest
 from composer_replication.launch.job import Job
 from composer_replication.runs.atomic_files import write_text_atomically
+from composer_replication.runs.process_age import is_alive
 from composer_replication.runs.run_directory import SCHEMA_FILE, SUMMARY_FILE
 from composer_replication.runs.run_lock import OWNER_FILE
 
@@ -163,17 +163,6 @@ def run_status(folder: Path) -> Status | None:
     except (ValueError, UnicodeDecodeError):
         return "failed"
     return summary.get("status", "failed")
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine has that id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _owner_is_alive(folder: Path) -> bool:

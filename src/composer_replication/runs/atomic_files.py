@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-import psutil
+from composer_replication.runs.process_age import is_alive
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a write fails with where a disk, a quota or a volume is full."""
@@ -40,7 +40,7 @@ def drop_torn_writes(folder: Path) -> None:
     """Remove what writers that live no more left in `folder` itself."""
     for entry in folder.iterdir():
         writer = re.fullmatch(r"\..+\.(\d+)\.tmp", entry.name)
-        if writer and entry.is_file() and not psutil.pid_exists(int(writer[1])):
+        if writer and entry.is_file() and not is_alive(int(writer[1])):
             entry.unlink(missing_ok=True)
 
 

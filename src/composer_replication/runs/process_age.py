@@ -1,4 +1,4 @@
-"""How long ago this process started, which no library says before it is imported."""
+"""Of processes: how long ago this one started, before any library is imported, and who lives."""
 
 import os
 import sys
@@ -14,3 +14,14 @@ def cold_start_s() -> float | None:
     fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine has that id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
