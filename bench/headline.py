@@ -18,15 +18,18 @@ def headline_lines() -> list[str]:
 
 
 def _step_lines() -> list[str]:
-    names = ("one_state_trl", "cuda_05b", "cuda_05b_32k")
-    on_cpu, on_gpu, of_long = (_report(f"step_{name}") for name in names)
+    names = ("one_state_trl", "cuda_05b", "cuda_05b_32k", "cuda_7b")
+    on_cpu, on_gpu, of_long, of_large = (_report(f"step_{name}") for name in names)
+    rate = of_large["flops_per_s"]["ours"] / of_large["matmul_flops_per_s"]
     return [
         f"- **A step**: all three channels take {_share(on_cpu)} of TRL's GRPO step alone on a "
         f"{on_cpu['machine']}",
         f"  ({_sizes(on_cpu)}) and {_share(on_gpu)} on an",
         f"  {on_gpu['machine']} ({_sizes(on_gpu)}),",
         f"  {_share(of_long)} there with {of_long['workload']['prefix']:,} tokens and "
-        f"{of_long['workload']['rollouts']} rollouts;",
+        f"{of_long['workload']['rollouts']} rollouts, {_share(of_large)} on an",
+        f"  {of_large['machine']} ({_sizes(of_large)}),",
+        f"  where it computes at {rate:.0%} of a bf16 matrix product's rate;",
         "  loss and gradients are compared first "
         "([docs/performance.md](docs/performance.md)).",
     ]  # fmt: skip

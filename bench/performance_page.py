@@ -22,13 +22,13 @@ one case by hand: `python bench/step.py --prefix 1024 --rollouts 4 --json`.
   position, prompts too.
 - **grpo_ours**: GRPO alone, packed.
 
-A step is forward and backward from cleared gradients. Loss and gradients were compared with the
-`separate` executor first. All steps of a case take turns in one process on the same random token
-ids; figures are medians. The machines are shared with other work, which stretches wall time by
-more or less from one minute to the next: read ratios within a row, not seconds between rows.
-*Processor* ratios are of processor seconds over all threads, which other work hardly moves. FLOPs
-count what each step computes, padding and full logits included; the last column is what the FLOPs
-alone allow.
+A step is forward and backward from cleared gradients, on a batch that is laid out. Loss and
+gradients were compared with the `separate` executor first. All steps of a case take turns in one
+process on the same random token ids; figures are medians. The machines are shared with other work,
+which stretches wall time by more or less from one minute to the next: read ratios within a row, not
+seconds between rows. *Processor* ratios are of processor seconds over all threads, which other work
+hardly moves. FLOPs count what each step computes, padding and full logits included; the last column
+is what the FLOPs alone allow.
 """
 
 
@@ -115,44 +115,55 @@ def memory_lines(reports: list[dict[str, Any]]) -> list[str]:
 
 
 def gpu_lines(reports: list[dict[str, Any]]) -> list[str]:
-    """Steps on CUDA, with the rates that they reach."""
-    rows = []
-    for report in reports:
-        peak_rate = report["matmul_flops_per_s"]
-        for step, seconds in report["step_s"].items():
-            max_rows = report["rows_per_forward"][step]
-            split = "" if max_rows is None else f" ({max_rows} rows in a forward)"
-            limit = report["flops"][step] / report["flops"]["ours"]
-            rate = report["flops_per_s"][step]
-            rows.append(
-                f"| {described(report)} | {step}{split} | {1e3 * seconds:.0f} | "
-                f"{report['ratios'].get(step, 1.0):.2f} | {limit:.2f} | {rate / 1e12:.0f} | "
-                f"{rate / peak_rate:.0%} | {report['peak_gib'][step]:.1f} | "
-                f"{report['loss_errors'][step]:.1e} | {report['whole_grad_errors'][step]:.1e} |"
-            )
-    machines = {f"{r['model']}, {r['machine']}, torch {r['torch']}" for r in reports}
+    """Steps on CUDA, with the rates that they reach; a table for each model and card."""
     rounds = [r["repeats"] for r in reports]
     rounding = [pair for r in reports for pair in (r.get("rounding_errors") or {}).items()]
-    named = [f"{error:.0%} off fp32 for {channels}" for channels, error in rounding if error]
-    beside = f" ({', '.join(named)})" if named else ""
-    before = [
+    off = sorted(error for channels, error in rounding if channels == "grpo" and error)
+    beside = f" ({off[0]:.0%} to {off[-1]:.0%} off fp32 for GRPO alone)" if off else ""
+    lines = [
         "## On a GPU",
         "",
-        f"{'; '.join(sorted(machines))}; bf16 autocast,",
-        f"medians of {min(rounds)} to {max(rounds)} rounds. *Of the card* is the share of a bf16 "
-        "matrix product's rate",
-        f"there, {reports[0]['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s. Errors are against "
-        "separate forwards of the same precision, whose",
-        "roundings the other steps share: of the loss, and of all gradients as one vector. None "
-        "was timed with",
-        f"more than 12 % of the latter, or twice what rounding does to separate forwards{beside}.",
-        "Padded rows need a mask, and the flash kernels that ours uses take none: with a long "
-        "state the others",
-        "are slower than their FLOPs say. With a short one the launches of a small model bound "
-        "ours.",
+        f"bf16 autocast, medians of {min(rounds)} to {max(rounds)} rounds. *Of the card* is the "
+        "share of a bf16 matrix",
+        "product's rate there; what checkpointing computes again is not counted. Errors are "
+        "against separate",
+        "forwards of the same precision, whose roundings the other steps share: of the loss, and "
+        "of all gradients",
+        "as one vector. None was timed with more than 12 % of the latter, or twice what rounding "
+        "does to separate",
+        f"forwards{beside}. Padded rows need a mask, and the",
+        "flash kernels that ours uses take none: with a long state the others are slower than "
+        "their FLOPs say.",
+        "With a short one the launches of a small model bound ours.",
+        "",
     ]
+    cards: dict[str, list[dict[str, Any]]] = {}
+    for report in reports:
+        name = f"{report['model']}, {report['machine']}, torch {report['torch']}"
+        cards.setdefault(name, []).append(report)
     heads = ["workload", "step", "ms", "over ours", "FLOPs allow", "TFLOP/s", "of the card"]
-    return table(before, [*heads, "peak GiB", "loss error", "gradient error"], rows)
+    heads += ["peak GiB", "loss error", "gradient error"]
+    for name, own in cards.items():
+        peak_rate = own[0]["matmul_flops_per_s"]
+        before = [f"{name}, {peak_rate / 1e12:.0f} TFLOP/s:"]
+        lines += table(before, heads, [row for report in own for row in _gpu_rows(report)])
+    return lines
+
+
+def _gpu_rows(report: dict[str, Any]) -> list[str]:
+    rows = []
+    for step, seconds in report["step_s"].items():
+        max_rows = report["rows_per_forward"][step]
+        split = "" if max_rows is None else f" ({max_rows} rows in a forward)"
+        limit = report["flops"][step] / report["flops"]["ours"]
+        rate = report["flops_per_s"][step]
+        rows.append(
+            f"| {described(report)} | {step}{split} | {1e3 * seconds:.0f} | "
+            f"{report['ratios'].get(step, 1.0):.2f} | {limit:.2f} | {rate / 1e12:.0f} | "
+            f"{rate / report['matmul_flops_per_s']:.0%} | {report['peak_gib'][step]:.1f} | "
+            f"{report['loss_errors'][step]:.1e} | {report['whole_grad_errors'][step]:.1e} |"
+        )
+    return rows
 
 
 def attention_lines(report: dict[str, Any]) -> list[str]:

@@ -5,8 +5,9 @@
 `naive` is a padded forward with full logits for each role, `good` shares the student's forward and
 uses TRL's chunked heads, `grpo_trl` is TRL's own GRPO loss alone on the same rollouts, `grpo_ours`
 is ours without the other two channels, and `ours` is the whole step. A step is forward and backward
-from cleared gradients. Loss and gradients are compared with the `separate` executor first (exit 1
-if they differ); then the steps take turns, and medians are reported. Token ids are random.
+from cleared gradients, on a batch that is laid out. Loss and gradients are compared with the
+`separate` executor first (exit 1 if they differ); then the steps take turns, and medians are
+reported. Token ids are random.
 """
 
 import argparse

@@ -313,8 +313,9 @@ def pair_rows(part: Workload, side: str) -> list[tuple[Ids, Ids]]:
     return [(pair.context, getattr(pair, side)) for pair in part.pairs]
 
 
+@functools.cache
 def sampled_tokens(part: Workload, width: int) -> Tensor:
-    """`[B, T]` of right-padded rollouts: True where the policy sampled the token."""
+    """`[B, T]` of right-padded rollouts: True where the policy sampled the token; made once."""
     rows = [(*[0] * len(r.prompt_ids), *map(int, r.action_mask)) for r in part.rollouts]
     mask = padded(rows).bool()
     return functional.pad(mask, (0, width - mask.shape[1]))

@@ -4,7 +4,7 @@ import pytest
 import tiny_families
 import tiny_trainer
 import torch
-from tree_batches import largest_errors, losses_and_gradients, shared_batch
+from tree_batches import SETTINGS, collator, largest_errors, losses_and_gradients, shared_batch
 
 from composer_replication.step import tree_attention
 from composer_replication.step.packed import score_packed
@@ -62,6 +62,27 @@ def test_under_bf16_autocast_packed_is_as_near_to_fp32_as_separate(family, monke
     # A divergence of two forwards has their rounding twice, where rows that ride share it.
     assert packed[0] < max(1.5 * separate[0], 0.03)
     assert packed[1] < max(1.5 * separate[1], 0.1)
+
+
+def test_after_the_forward_nothing_waits_for_it():
+    model = cuda_model("qwen2")
+    tensors = {name: tensor.cuda() for name, tensor in collator()(BATCH).items()}
+    needs = frozenset({"rollouts", "hint_sites", "pairs"})
+    forwards = []
+
+    def refuse_waiting(module, *_):
+        # A teacher with a tree of its own comes before the policy.
+        if torch.is_grad_enabled():
+            forwards.append(module)
+            torch.cuda.set_sync_debug_mode("error")
+
+    model.model.norm.register_forward_hook(refuse_waiting)
+    try:
+        scores = score_packed(model, tensors, needs, SETTINGS)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert forwards, "the forward was to be watched"
+    assert scores.divergence.isfinite().all()
 
 
 @pytest.mark.parametrize("teacher", ["live", "ema", "frozen"])

@@ -37,7 +37,8 @@ class ScoredTokens:
     """
 
     rows: Int[Tensor, " N"]
-    """The hidden row that predicts each; several tokens may share one."""
+    """The hidden row that predicts each; several tokens may share one. Where these are on the CPU,
+    planning the pass does not wait for the hidden states."""
     targets: Int[Tensor, " N"]
     temperature: float = 1.0
     with_entropy: bool = False
@@ -117,8 +118,9 @@ class _HeadPass(torch.autograd.Function):
         """All log-probs, all entropies, then the divergence if one is asked for."""
         dtype = compute_dtype(hidden, weight)
         edges = [*range(0, hidden.shape[0], tile_rows), hidden.shape[0]]
-        logs = [_LogProbs(part, edges, dtype) for part in scored]
-        divergences = None if compared is None else _Divergences(compared, edges, dtype)
+        out = hidden.new_empty(0, dtype=dtype)
+        logs = [_LogProbs(part, edges, out) for part in scored]
+        divergences = None if compared is None else _Divergences(compared, edges, out)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _tiles(hidden, tile_rows, logs, divergences):
                 tile = rows.start // tile_rows
@@ -166,6 +168,17 @@ class _HeadPass(torch.autograd.Function):
         return (*grads.in_input_precision(), None, None, None, None)
 
 
+def take_rows(hidden: Float[Tensor, "R H"], rows: Int[Tensor, " N"]) -> Float[Tensor, "N H"]:
+    """`hidden[rows]`; rows on the CPU are sent along without waiting for the device."""
+    return hidden[_sent(rows, hidden.device)]
+
+
+def _sent(index: Int[Tensor, "..."], device: torch.device) -> Int[Tensor, "..."]:
+    # From pageable memory the bytes are copied out before the call returns, so that nothing can
+    # change them later; only the wait for what the device does beforehand is left out.
+    return index.to(device, non_blocking=True)
+
+
 def _tiles(
     hidden: Float[Tensor, "R H"],
     tile_rows: int,
@@ -184,15 +197,16 @@ def _tiles(
 class _LogProbs:
     """Log-probabilities and entropies of `ScoredTokens`, tile by tile."""
 
-    def __init__(self, tokens: ScoredTokens, edges: list[int], dtype: torch.dtype) -> None:
+    def __init__(self, tokens: ScoredTokens, edges: list[int], out: Tensor) -> None:
         inverse = tokens.rows.unique(return_inverse=True)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        rows, self._row_of_token = cast("tuple[Tensor, Tensor]", inverse)
-        self._entries = _ByTile(tokens.rows, edges)
-        self._rows = _ByTile(rows, edges)
+        rows, row_of_token = cast("tuple[Tensor, Tensor]", inverse)
+        self._row_of_token = _sent(row_of_token, out.device)
+        self._entries = _ByTile(tokens.rows, edges, out.device)
+        self._rows = _ByTile(rows, edges, out.device)
         self._tokens = tokens
-        self._lse = torch.empty(len(rows), dtype=dtype, device=rows.device)
+        self._lse = out.new_empty(len(rows))
         self._row_entropy = torch.zeros_like(self._lse)
-        self.logp = torch.empty(len(tokens.rows), dtype=dtype, device=rows.device)
+        self.logp = out.new_empty(len(tokens.rows))
         self.entropy = torch.empty_like(self.logp)
 
     def score(self, tile: int, logits: Float[Tensor, "n V"]) -> None:
@@ -270,10 +284,10 @@ class _LogProbs:
 class _Divergences:
     """Divergences of `ComparedTokens`, tile by tile."""
 
-    def __init__(self, tokens: ComparedTokens, edges: list[int], dtype: torch.dtype) -> None:
+    def __init__(self, tokens: ComparedTokens, edges: list[int], out: Tensor) -> None:
         self._tokens = tokens
-        self._entries = _ByTile(tokens.rows, edges)
-        self.values = torch.empty(len(tokens.rows), dtype=dtype, device=tokens.rows.device)
+        self._entries = _ByTile(tokens.rows, edges, out.device)
+        self.values = out.new_empty(len(tokens.rows))
 
     def score(self, tile: int, logits: Float[Tensor, "n V"]) -> None:
         """Fill in what this tile's logits say."""
@@ -315,13 +329,14 @@ class _Divergences:
 
 
 class _ByTile:
-    """Which of the given rows fall into each tile, and where in it."""
+    """Which of the given rows fall into each tile, and where in it, as indices on a device."""
 
-    def __init__(self, rows: Int[Tensor, " N"], edges: list[int]) -> None:
-        self._sorted, self._order = rows.sort(stable=True)
+    def __init__(self, rows: Int[Tensor, " N"], edges: list[int], device: torch.device) -> None:
+        ordered, order = rows.sort(stable=True)
         limits = torch.tensor(edges, device=rows.device)
-        bounds = torch.searchsorted(self._sorted, limits)
+        bounds = torch.searchsorted(ordered, limits)
         self._bounds: list[int] = bounds.tolist()  # pyright: ignore[reportUnknownMemberType]
+        self._sorted, self._order = _sent(ordered, device), _sent(order, device)
         self._edges = edges
 
     def first(self, tile: int) -> int:

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from composer_replication.batch.collate import StepTensors
 from composer_replication.losses.divergence import DivergenceOptions
-from composer_replication.losses.head_pass import ComparedTokens, ScoredTokens, head_pass
+from composer_replication.losses.head_pass import (
+    ComparedTokens,
+    ScoredTokens,
+    head_pass,
+    take_rows,
+)
 from composer_replication.step.hidden_states import output_head
 from composer_replication.step.scores import Scores
 from composer_replication.step.separate import acceptance_weights, live_teacher
@@ -85,11 +90,12 @@ def score_packed(
         with torch.no_grad(), (teacher or live_teacher(model))() as teacher_model:
             of_teacher = {"teacher": asked.pop("teacher")}
             hidden, rows = forward_trees(teacher_model, of_teacher, options)
-            teacher_hidden, teacher_head = hidden[rows["teacher"]], output_head(teacher_model)
+            teacher_hidden = take_rows(hidden, rows["teacher"])
+            teacher_head = output_head(teacher_model)
     hidden, rows = forward_trees(model, asked, options)
     head = output_head(model)
     if "teacher" in rows:
-        teacher_hidden, teacher_head = hidden[rows.pop("teacher")].detach(), head
+        teacher_hidden, teacher_head = take_rows(hidden, rows.pop("teacher")).detach(), head
         hidden, rows = _only(hidden, rows)
     compared = None
     if teacher_hidden is not None and teacher_head is not None:
@@ -111,7 +117,7 @@ def score_packed(
         assert scores.divergence is not None, "asked for above"
         student = roles["student"]
         scores.divergence = scores.divergence * acceptance_weights(
-            (hidden[compared.rows], head),
+            (take_rows(hidden, compared.rows), head),
             (compared.teacher_hidden, compared.teacher_head),
             student.targets(),
             student.index[:, 0],
@@ -180,4 +186,4 @@ def _only(
     """The hidden rows that someone reads, and where each reader finds its own."""
     kept, places = torch.cat(list(rows.values())).unique(return_inverse=True)
     parts = places.split([len(part) for part in rows.values()])
-    return hidden[kept], dict(zip(rows, parts, strict=True))
+    return take_rows(hidden, kept), dict(zip(rows, parts, strict=True))

@@ -62,15 +62,16 @@ def forward_trees(
 ) -> tuple[Float[Tensor, "R H"], dict[str, Int[Tensor, " N"]]]:
     """Final hidden states of the rows asked for, and for each asker the row of each token.
 
+    The rows are on the CPU whatever the model's device: what is planned from them then waits for
+    no forward.
+
     Raises:
         DataError: a token that is the first of its sequence, which nothing predicts.
     """
     device = next(model.parameters()).device
     sequences, tokens = _joined(asked)
     if not len(tokens):
-        return _no_rows(model), {
-            name: torch.empty(0, dtype=torch.long, device=device) for name in asked
-        }
+        return _no_rows(model), {name: torch.empty(0, dtype=torch.long) for name in asked}
     parts = split_at_nodes(sequences, options.max_tokens)
     trees: list[PrefixTree] = []
     first_row = 0
@@ -84,7 +85,7 @@ def forward_trees(
     kept, places = np.unique(wanted, return_inverse=True)
     hidden = _hidden_rows(model, trees, torch.from_numpy(kept), options, device)
     counts = [len(each.tokens) for each in asked.values()]
-    found = torch.from_numpy(places).to(device).split(counts)
+    found = torch.from_numpy(places).split(counts)
     return hidden, dict(zip(asked, found, strict=True))
 
 

@@ -8,6 +8,7 @@ from composer_replication.step.trie import (
     PrefixTree,
     Run,
     common_prefix,
+    dfs_order,
     num_unique_tokens,
     split_at_nodes,
 )
@@ -51,6 +52,15 @@ def test_shared_tokens_are_laid_out_once():
 @pytest.mark.parametrize("seed", range(30))
 def test_every_row_of_a_random_tree_sees_exactly_its_own_prefix(seed):
     assert_layout_is_right(random_sequences(seed))
+
+
+def test_sequences_are_laid_out_in_the_order_of_their_ids():
+    rng = np.random.default_rng(0)
+    # Around 256 and 65,536 an order of bytes from the low end would part from that of the ids.
+    pool = np.array([0, 1, 255, 256, 257, 65_535, 65_536, 151_935])
+    sequences = [rng.choice(pool, rng.integers(0, 5)) for _ in range(200)]
+    lists = [sequences[index].tolist() for index in dfs_order(sequences)]
+    assert lists == sorted(lists)
 
 
 @pytest.mark.parametrize(
