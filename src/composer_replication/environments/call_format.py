@@ -183,4 +183,5 @@ class CallFormat:
         return "ok"
 
     def _refusal(self, kind: str, message: str) -> ToolError:
-        return ToolError(kind, message, call_text(self._task.example))
+        shown = tuple((request, call_text(call)) for request, call in self._task.hint_demos)
+        return ToolError(kind, message, call_text(self._task.example), shown)

@@ -6,7 +6,7 @@ right in some of its samples, so GRPO alone has something to reinforce.
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -27,6 +27,7 @@ CALL_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 SYSTEM_TEXT = "You are a helpful AI assistant. Reply with one JSON tool call."
 MAX_DEMOS = 6
+MAX_HINT_DEMOS = 3
 ALL_DEMOS = -1
 
 _REQUESTS = {
@@ -54,6 +55,8 @@ class FormatSpec:
     num_matching_demos: int = ALL_DEMOS
     """How many of them show the tool that the request asks for; -1: all, and the field says how
     many that are."""
+    num_hint_demos: int = 0
+    """Further requests for the tool that a hint answers, 0 to 3; 0: it shows one call."""
 
     def __post_init__(self) -> None:
         if self.split not in POOLS:
@@ -72,6 +75,11 @@ class FormatSpec:
                 f"num_matching_demos is {self.num_matching_demos} and num_demos is "
                 f"{self.num_demos}. Choose 0 to {self.num_demos}, or {ALL_DEMOS} for all."
             )
+        if not 0 <= self.num_hint_demos <= MAX_HINT_DEMOS:
+            raise DataError(
+                f"num_hint_demos is {self.num_hint_demos}; a hint answers 0 to {MAX_HINT_DEMOS} "
+                f"other requests. Choose 0 to {MAX_HINT_DEMOS}."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +95,8 @@ class FormatTask:
     """(request, call), other files, words and folders than the call's."""
     example: Mapping[str, str]
     """A call of the right tool that answers another request: what a hint may show."""
+    hint_demos: tuple[tuple[str, Mapping[str, str]], ...] = ()
+    """(request, call) of the right tool, in neither the prompt nor each other."""
 
     def prompt(self) -> list[dict[str, str]]:
         """The chat messages that a model gets."""
@@ -121,15 +131,26 @@ def format_task(spec: FormatSpec) -> FormatTask:
         _call(shown_tool, stem, rng.choice(words), *rng.sample([*folders, folder], 2))
         for shown_tool, stem in zip([tool, *shown], stems[1:], strict=True)
     ]
+    unused_stems = [stem for stem in pool.stems if stem not in stems]
+    hint_calls = [
+        _call(tool, stem, rng.choice(words), *rng.sample([*folders, folder], 2))
+        for stem in rng.sample(unused_stems, spec.num_hint_demos)
+    ]
     demos = examples[1:]
     # A demonstration's arguments are known to be another request's; made-up ones get copied.
     matching = [demo for demo in demos if demo["tool"] == tool]
     return FormatTask(
         request=_request(call),
         call=MappingProxyType(call),
-        demos=tuple((_request(demo), MappingProxyType(demo)) for demo in demos),
+        demos=_answered(demos),
         example=MappingProxyType(matching[-1] if matching else examples[0]),
+        hint_demos=_answered(hint_calls),
     )
+
+
+def _answered(calls: Sequence[dict[str, str]]) -> tuple[tuple[str, Mapping[str, str]], ...]:
+    """Each with the request that it answers."""
+    return tuple((_request(call), MappingProxyType(call)) for call in calls)
 
 
 def _call(tool: str, stem: str, word: str, folder: str, to: str) -> dict[str, str]:

@@ -58,7 +58,9 @@ def wrong_trace(spec: FormatSpec, slip: str) -> Trace:
     assert error is not None, f"{slip} is no mistake: {action}"
     return Trace(
         messages=(*prompt, Message("assistant", action), Message("tool", observation.content)),
-        errors={len(prompt): TurnError(error.kind, error.message, error.example)},
+        errors={
+            len(prompt): TurnError(error.kind, error.message, error.example, error.demonstrations)
+        },
         teacher_actions={len(prompt): (call_text(task.call),)},
         num_context_messages=len(prompt),
         source=f"{spec.split}-{spec.task_seed:04d}",

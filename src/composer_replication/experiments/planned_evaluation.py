@@ -5,7 +5,12 @@ from composer_replication.errors import InputError
 from composer_replication.experiments.evaluation import EvaluationRequest
 from composer_replication.experiments.evaluation_bundle import larger_model
 from composer_replication.experiments.forgetting_probe import old_convention_rows
-from composer_replication.experiments.planned_run import planned_here, write_plan
+from composer_replication.experiments.planned_run import (
+    has_room,
+    no_room_error,
+    planned_here,
+    write_plan,
+)
 from composer_replication.planner.evaluation_shape import EvaluationSize, evaluated_kind
 from composer_replication.runs.run_directory import RunDirectory
 
@@ -28,6 +33,9 @@ def write_planned_evaluation(request: EvaluationRequest, run: RunDirectory) -> N
     """Write `planned.json`, by which the next evaluation's plan is calibrated.
 
     A model or a card that the formulas do not know gets none: the evaluation itself may well work.
+
+    Raises:
+        ConfigError: weights that are more than this device has.
     """
     models = [request.model] if request.against is None else [request.against, request.model]
     try:
@@ -35,5 +43,8 @@ def write_planned_evaluation(request: EvaluationRequest, run: RunDirectory) -> N
         candidate = planned_here(config, "evaluate", evaluation=evaluation_size(request))
     except InputError:
         return
-    if candidate is not None:
-        write_plan(candidate, run, "evaluate", evaluated_kind(candidate.shape.case.model))
+    if candidate is None:
+        return
+    write_plan(candidate, run, "evaluate", evaluated_kind(candidate.shape.case.model))
+    if not has_room(candidate):
+        raise no_room_error(candidate, config.model or "")

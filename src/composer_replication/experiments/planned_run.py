@@ -2,11 +2,12 @@
 
 from datetime import UTC, datetime
 
+import psutil
 import torch
 
 from composer_replication.config.run_config import RunConfig
-from composer_replication.errors import InputError
-from composer_replication.experiments.trainer_setup import device, device_label
+from composer_replication.errors import ConfigError, InputError
+from composer_replication.experiments.trainer_setup import RunParts, device, device_label
 from composer_replication.planner.candidate import Candidate, Place
 from composer_replication.planner.evaluation_shape import EvaluationSize
 from composer_replication.planner.local_machine import LocalCard, LocalMachine, this_machine
@@ -22,6 +23,65 @@ from composer_replication.runs.summary import Summary
 from composer_replication.units import gib
 
 PLANNED_FILE = "planned.json"
+
+
+def plan_run(
+    config: RunConfig, run: RunDirectory, verb: RunVerb, parts: RunParts
+) -> Candidate | None:
+    """Write `planned.json` and judge it, before the model loads.
+
+    Args:
+        config: of the run.
+        run: gets the file.
+        verb: that runs it.
+        parts: get a note where the longest rows may not fit.
+
+    Returns:
+        See `write_planned`.
+
+    Raises:
+        ConfigError: what stays from step to step is already more than this device has. A CPU would
+            not say so: the system kills what takes all memory.
+    """
+    planned = write_planned(config, run, verb, parts.model_spec)
+    if planned is None:
+        return None
+    if not has_room(planned):
+        asked = config.model_copy(update={"model": parts.model_spec})
+        raise no_room_error(
+            planned, parts.model_spec, _planner(asked, verb).fitting_change(planned)
+        )
+    memory, place = planned.memory, planned.place
+    free_gib = _free_gib(place.capacity_gib)
+    if memory.peak_gib > free_gib:
+        parts.notes.append(
+            f"The longest rows may not fit: by the plan they take {memory.peak_gib:.1f} GiB in the "
+            f"{memory.phase_words}, and {free_gib:.1f} of the {place.name}'s "
+            f"{place.capacity_gib:.1f} are free."
+        )
+    return planned
+
+
+def has_room(planned: Candidate) -> bool:
+    """Whether a run's device holds what stays from step to step, however short its rows are."""
+    return planned.memory.kept_gib <= planned.place.capacity_gib
+
+
+def no_room_error(planned: Candidate, model: str, change: str | None = None) -> ConfigError:
+    """What a run that has no room is told.
+
+    Args:
+        planned: it, on this device.
+        model: that it loads.
+        change: a sentence with the settings under which it would fit.
+    """
+    kept = "weights" if planned.shape.verb == "evaluate" else "weights, teacher and optimizer"
+    return ConfigError(
+        f"{model} has no room here: {kept} alone take {planned.memory.kept_gib:.1f} GiB, and the "
+        f"{planned.place.name} has {planned.place.capacity_gib:.1f}. "
+        + (f"The {change} " if change else "")
+        + "`composer-replication plan` says where it fits as it is."
+    )
 
 
 def write_planned(
@@ -102,13 +162,22 @@ def planned_here(
     Raises:
         InputError: a model or data that the formulas do not know.
     """
-    machine = this_machine()
-    place = _this_place(machine)
+    place = _this_place(this_machine())
     if place is None:
         return None
+    return _planner(config, verb, evaluation).candidate(place, config, predict)
+
+
+def _planner(config: RunConfig, verb: RunVerb, evaluation: EvaluationSize | None = None) -> Planner:
     request = PlanRequest(config, verb=verb, evaluation=evaluation)
-    planner = Planner(request, machine, prices=shipped_prices())
-    return planner.candidate(place, request.config, predict)
+    return Planner(request, this_machine(), prices=shipped_prices())
+
+
+def _free_gib(room_gib: float) -> float:
+    """Of a CPU's memory what no other process holds; a card is this run's alone."""
+    if device().type != "cpu":
+        return room_gib
+    return min(room_gib, gib(psutil.virtual_memory().available))
 
 
 def _this_place(machine: LocalMachine) -> Place | None:

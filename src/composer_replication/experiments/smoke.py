@@ -6,6 +6,7 @@ extra steps, the saved model; then, with that trainer gone, a second one for the
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from composer_replication.experiments.fixed_shapes import full_length_sites, sho
 from composer_replication.experiments.hint_check import require_two_hints
 from composer_replication.experiments.last_steps import LastSteps
 from composer_replication.experiments.live_table import LiveTable
-from composer_replication.experiments.planned_run import plan_misses, write_planned
+from composer_replication.experiments.planned_run import plan_misses, plan_run
 from composer_replication.experiments.quiet_libraries import quiet_libraries, without_printed_logs
 from composer_replication.experiments.resume_check import EndOfRun, check_resume, end_of_run
 from composer_replication.experiments.run_phases import download_s
@@ -85,7 +86,8 @@ def run_smoke(config: RunConfig, run: RunDirectory, console: Console) -> Summary
     parts = prepare(config, run, overrides=overrides)
     _require_hints(parts)
     print_header(parts, console)
-    planned = write_planned(config, run, "smoke", parts.model_spec)
+    planned = plan_run(config, run, "smoke", parts)
+    _print_notes(parts.notes, console)
     # The checkpoint serves a check alone; a smoke that was killed may have left its own.
     shutil.rmtree(run.checkpoints_dir, ignore_errors=True)
     try:
@@ -180,15 +182,20 @@ def _build(parts: RunParts, loaded: LoadedModel, run: RunDirectory, console: Con
     tensors = TensorPeakCallback(device(), is_on=config.fixed_shapes is not None)
     trainer = build_trainer(parts, loaded, [metrics, tensors, last_steps])
     without_printed_logs(trainer)
-    parts.notes.extend(notes_on_checks(trainer.channel_weights, asked_steps=config.steps))
-    for note in parts.notes:
-        console.print(f"note {note}", highlight=False, soft_wrap=True)
+    notes = notes_on_checks(trainer.channel_weights, asked_steps=config.steps)
+    parts.notes.extend(notes)
+    _print_notes(notes, console)
     weights = parts.config.channels | {
         "sdpo": parts.config.alpha_sdpo,
         "dpo": parts.config.beta_replay,
     }
     checks = SmokeChecks(trainer, {name: weight for name, weight in weights.items() if weight > 0})
     return _Smoke(loaded.label, trainer, metrics, tensors, last_steps, checks)
+
+
+def _print_notes(notes: Sequence[str], console: Console) -> None:
+    for note in notes:
+        console.print(f"note {note}", highlight=False, soft_wrap=True)
 
 
 def _extra_steps(

@@ -11,7 +11,7 @@ from composer_replication.config.execution_sections import SmokeConfig
 from composer_replication.config.run_config import RunConfig
 from composer_replication.experiments.heldout_evaluation import HeldoutEvaluation, heldout_scores
 from composer_replication.experiments.live_table import LiveTable
-from composer_replication.experiments.planned_run import plan_misses, write_planned
+from composer_replication.experiments.planned_run import plan_misses, plan_run
 from composer_replication.experiments.quiet_libraries import quiet_libraries, without_printed_logs
 from composer_replication.experiments.run_figures import channel_checks, channel_figures, percentile
 from composer_replication.experiments.run_phases import download_s
@@ -57,7 +57,9 @@ def run_train(
     # A smoke's file may be trained as it is; its fixed shapes are the smoke's alone.
     parts = prepare(config.model_copy(update={"smoke": SmokeConfig()}), run, overrides={})
     console.print(f"train on {parts.model_spec}, {device_label()}", highlight=False, soft_wrap=True)
-    planned = write_planned(parts.config, run, "train", parts.model_spec)
+    planned = plan_run(parts.config, run, "train", parts)
+    for note in parts.notes:
+        console.print(f"note  {note}", highlight=False, soft_wrap=True)
     loaded = load_run_model(parts, on_progress=lambda text: console.print(text, soft_wrap=True))
     load_s = time.perf_counter() - started_s
     reset_peak(device())
@@ -72,8 +74,6 @@ def run_train(
     for evaluation in heldout:
         evaluation.trainer = trainer
     without_printed_logs(trainer)
-    for note in parts.notes:
-        console.print(f"note  {note}", highlight=False, soft_wrap=True)
     _train_from(trainer, checkpoint)
     save_started_s = time.perf_counter()
     save_model(trainer, run)

@@ -63,6 +63,12 @@ class RunMemory:
         return sum(self.terms_gib.values())
 
     @property
+    def kept_gib(self) -> float:
+        """What stays from step to step, however short the rows are."""
+        passing = (*_DEVICE_TERMS, f"{self.peak_phase}_phase")
+        return sum(part for name, part in self.terms_gib.items() if name not in passing)
+
+    @property
     def phase_words(self) -> str:
         """The phase as a sentence has it."""
         return self.peak_phase.replace("_", " ")

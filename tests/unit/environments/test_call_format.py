@@ -1,9 +1,11 @@
+import dataclasses
 import inspect
 import json
 
 import pytest
 from transformers.utils import get_json_schema
 
+from composer_replication.environments.api_drift_tasks import POOLS
 from composer_replication.environments.call_format import FORMAT_ERROR_KINDS, CallFormat
 from composer_replication.environments.call_format_tasks import (
     CALL_KEYS,
@@ -115,13 +117,42 @@ def test_unless_it_is_said_otherwise_all_demonstrations_show_the_tool(num_demos)
 @pytest.mark.parametrize(("num_demos", "num_matching"), [(3, 2), (3, 3), (3, 0), (0, 0), (6, 6)])
 def test_no_demonstration_and_no_hint_holds_an_answer(split, num_demos, num_matching):
     for seed in range(60):
-        task = format_task(FormatSpec(seed, split, num_demos, num_matching))
+        task = format_task(FormatSpec(seed, split, num_demos, num_matching, num_hint_demos=3))
         answers = {value for key, value in task.call.items() if key != "tool"}
-        for call in (*(call for _, call in task.demos), task.example):
+        shown = (*task.demos, *task.hint_demos)
+        for call in (*(call for _, call in shown), task.example):
             assert not answers & {value for key, value in call.items() if key != "tool"}
         assert task.example["tool"] == task.call["tool"]
         assert len(task.demos) == num_demos
         assert sum(call["tool"] == task.call["tool"] for _, call in task.demos) == num_matching
+
+
+@pytest.mark.parametrize("split", POOLS)
+@pytest.mark.parametrize("num_demos", [0, 3, 6])
+def test_a_hint_answers_requests_of_the_tool_that_are_in_no_prompt(split, num_demos):
+    for seed in range(30):
+        plain = format_task(FormatSpec(seed, split, num_demos))
+        task = format_task(FormatSpec(seed, split, num_demos, num_hint_demos=3))
+        # The knob changes hints alone: prompts and answers are those of the seed.
+        assert dataclasses.replace(task, hint_demos=()) == plain
+        requests = [request for request, _ in task.hint_demos]
+        assert len({*requests, task.request, *(r for r, _ in task.demos)}) == 4 + num_demos
+        assert {call["tool"] for _, call in task.hint_demos} == {task.call["tool"]}
+        environment = CallFormat()
+        environment.reset(task_seed=seed, split=split, num_demos=num_demos, num_hint_demos=3)
+        error = environment._step_text('{"tool": "nothing"}').error
+        assert error.demonstrations == tuple((r, call_text(c)) for r, c in task.hint_demos)
+        for request, call in error.demonstrations:
+            other = CallFormat()
+            other.reset(task_seed=seed, split=split, num_demos=num_demos)
+            other._step_text(call)
+            assert other.get_reward() == 0.0, request
+
+
+def test_without_the_knob_a_hint_shows_one_call():
+    environment, task = started()
+    error = environment._step_text("Sure!").error
+    assert (error.example, error.demonstrations) == (call_text(task.example), ())
 
 
 def test_equal_seeds_give_equal_tasks_and_other_seeds_other_ones():
@@ -161,6 +192,8 @@ def test_a_function_call_gives_the_same_reward_as_text(tool):
         ({"task_seed": 3, "split": "test"}, "no split"),
         ({"task_seed": 3, "num_demos": 7}, "0 to 6"),
         ({"task_seed": 3, "num_demos": 2, "num_matching_demos": 3}, "Choose 0 to 2"),
+        ({"task_seed": 3, "num_hint_demos": 4}, "Choose 0 to 3"),
+        ({"task_seed": 3, "num_hint_demos": -1}, "Choose 0 to 3"),
         ({"task_seed": 3, "prompt": [{"role": "user", "content": "hi"}]}, "Make the data again"),
     ],
 )

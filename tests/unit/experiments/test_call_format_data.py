@@ -4,6 +4,7 @@ from composer_replication.environments.call_format import FORMAT_ERROR_KINDS, Ca
 from composer_replication.environments.call_format_tasks import CALL_KEYS, FormatSpec, format_task
 from composer_replication.experiments.call_format_data import SLIPS, wrong_trace
 from composer_replication.experiments.task_registry import task_rows
+from composer_replication.traces.hints import demonstrations_in
 
 
 def judged(site_or_pair, action):
@@ -31,6 +32,17 @@ def test_a_hint_carries_an_example_and_never_the_answer():
     rows = task_rows("call_format", "train")
     for site, pair in zip(rows.hint_sites, rows.pairs, strict=True):
         assert "Example of a correct call: {" in site.hint
+        assert pair.chosen not in site.hint
+
+
+def test_a_hint_that_answers_requests_holds_none_of_the_heldout_split():
+    rows = task_rows("call_format", "train", num_hint_demos=3)
+    heldout = task_rows("call_format", "heldout").prompts
+    asked = {row["prompt"][-1]["content"] for row in heldout}
+    for site, pair in zip(rows.hint_sites, rows.pairs, strict=True):
+        _, shown = demonstrations_in(site.hint)
+        assert len(shown) == 3
+        assert not asked & {request for request, _ in shown}
         assert pair.chosen not in site.hint
 
 
