@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 from step_flops import Forward, padded_forward
-from step_workload import Ids, Workload, padded, rows_of, step_tensors
+from step_workload import Ids, Workload, made_once, padded, rows_of, step_tensors
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
@@ -313,7 +313,7 @@ def pair_rows(part: Workload, side: str) -> list[tuple[Ids, Ids]]:
     return [(pair.context, getattr(pair, side)) for pair in part.pairs]
 
 
-@functools.cache
+@made_once
 def sampled_tokens(part: Workload, width: int) -> Tensor:
     """`[B, T]` of right-padded rollouts: True where the policy sampled the token; made once."""
     rows = [(*[0] * len(r.prompt_ids), *map(int, r.action_mask)) for r in part.rollouts]

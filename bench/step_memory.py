@@ -17,7 +17,7 @@ from typing import Any
 from step_baselines import GoodStep, NaiveStep, Setting, Step
 from step_growth import empty_model
 from step_ours import OurStep
-from step_workload import Draw, Sizes, Workload, one_state
+from step_workload import Draw, Sizes, Workload, forget_layouts, one_state
 from transformers import PreTrainedModel
 
 from composer_replication.experiments.case_step import materialize
@@ -62,11 +62,13 @@ def peak_gib(model: PreTrainedModel, workload: Workload) -> dict[str, float]:
         setting = Setting(model, None, workload.max_completion_length, workload.counts())
         for step in steps_of(setting):
             model.zero_grad(set_to_none=True)
+            forget_layouts()
             gc.collect()
             before = memory.live_bytes
             memory.restart_peak()
             step.loss(with_sampler(workload)).backward()
             peaks[step.name] = gib(memory.restart_peak() - before)
+    forget_layouts()
     return peaks
 
 

@@ -6,8 +6,9 @@ Letters: B rollouts, P pairs, M action tokens over all hint sites, T tokens of a
 import functools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from composer_replication.batch.batches import Rollout
 from composer_replication.batch.collate import StepTensors
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Ids = tuple[int, ...]
 
 GENERATION_PROMPT_TOKENS = 4
@@ -22,6 +25,22 @@ GENERATION_PROMPT_TOKENS = 4
 
 _MOST_KEPT = 256
 """Layouts of a step's parts: data arrives laid out, for the baselines as for ours."""
+
+
+_layouts: list[Callable[[], None]] = []
+
+
+def made_once(make: Callable[P, R]) -> Callable[P, R]:
+    """Keep what a function of hashable arguments lays out, until `forget_layouts`."""
+    kept = functools.lru_cache(maxsize=_MOST_KEPT)(make)
+    _layouts.append(kept.cache_clear)
+    return cast("Callable[P, R]", kept)
+
+
+def forget_layouts() -> None:
+    """Make every layout anew: its tensors may be of a mode that has ended."""
+    for clear in _layouts:
+        clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +214,7 @@ def step_tensors(workload: Workload, device: torch.device) -> StepTensors:
     return dict(_step_tensors(workload, device))
 
 
-@functools.lru_cache(maxsize=_MOST_KEPT)
+@made_once
 def _step_tensors(workload: Workload, device: torch.device) -> StepTensors:
     tensors: StepTensors = {"num_truncated_rows": torch.tensor(0)}
     if workload.rollouts:
@@ -236,7 +255,7 @@ def rows_of(rows: Sequence[tuple[Ids, Ids]]) -> tuple[Tensor, Tensor, Tensor]:
     return _rows_of(tuple(rows))
 
 
-@functools.lru_cache(maxsize=_MOST_KEPT)
+@made_once
 def _rows_of(rows: tuple[tuple[Ids, Ids], ...]) -> tuple[Tensor, Tensor, Tensor]:
     ids = padded([(*context, *action) for context, action in rows])
     attention = padded([(1,) * (len(context) + len(action)) for context, action in rows])

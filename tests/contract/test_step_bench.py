@@ -157,6 +157,7 @@ def test_memory_counted_without_memory_is_what_real_tensors_take(tiny_folder):
     setting = bench.make_setting(bench.parse_args(SMALL), loaded, workload, nullcontext)
     for step in memory.steps_of(setting):
         loaded.model.zero_grad(set_to_none=True)
+        workloads.forget_layouts()
         with TensorMemory(held=loaded.model.parameters()) as real:
             held_bytes = real.live_bytes
             step.loss(memory.with_sampler(workload)).backward()

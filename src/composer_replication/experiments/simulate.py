@@ -8,6 +8,7 @@ could not be extrapolated: which stretch is the largest changes with the depth.
 
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 from torch import nn
@@ -17,6 +18,7 @@ from composer_replication.batch.collate import StepTensors
 from composer_replication.errors import ConfigError, ModelError
 from composer_replication.experiments.case_step import CaseStep, case_policy, case_tensors, remake
 from composer_replication.experiments.fake_floats import FakeFloatsMemory
+from composer_replication.experiments.side_by_side import side_by_side
 from composer_replication.experiments.step_phases import OPTIMIZER, StepPhases, Stretch
 from composer_replication.losses.divergence import blocks_of
 from composer_replication.losses.head import alike_tiles_skipped
@@ -57,9 +59,9 @@ def simulate(case: StepCase) -> MemoryEstimate:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         # A name of transformers' own, which no user can change.
         warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-        shallow, deep = (
-            _trace(part, tensors, case_policy(part, device="meta"), FakeFloatsMemory())
-            for part in (_at_depth(case, shallow_depth), _at_depth(case, deep_depth))
+        shallow, deep = side_by_side(
+            partial(_trace_fake, _at_depth(case, shallow_depth), tensors),
+            partial(_trace_fake, _at_depth(case, deep_depth), tensors),
         )
     # Depths beyond the deeper one add layers like those between the two.
     share = (_num_layers(case) - shallow_depth) / (deep_depth - shallow_depth)
@@ -110,6 +112,10 @@ def _estimate(shallow: _Traced, deep: _Traced, *, share: float) -> MemoryEstimat
             for name, num_bytes in shallow.persistent.items()
         },
     )
+
+
+def _trace_fake(case: StepCase, tensors: StepTensors) -> _Traced:
+    return _trace(case, tensors, case_policy(case, device="meta"), FakeFloatsMemory())
 
 
 def _trace(
