@@ -33,15 +33,16 @@ SmolLM2-135M-Instruct, every weight trained in fp32, on the machine that each fi
   sample the same number of episodes; tokens differ with how long the episodes are, and are in
   the table. Error turns of a rollout are the only hint sites: no arm samples anything besides.
 - Settings are those of trials (log.md) on training prompts and on a validation split, whose files,
-  folders and words are in neither of the other two. No grid was searched. Task A's were chosen
-  twice. The first ones, found on the shipped drift alone, took all three channels to 90 % of its
+  folders and words are in neither of the other two. No grid was searched. All were chosen twice.
+  Task A's first ones, found on the shipped drift alone, took all three channels to 90 % of its
   held-out prompts and to 70, 30 and 45 % of those of three other drifts. That look is why they were
   chosen again: on validation prompts of drifts 0, 1, 4 and 7, under seed 0. What changed is how a
-  hint demonstrates, `beta1` and `epsilon` of Adam, the rate and the number of steps; log.md has
-  the trials. So held-out prompts of seeds 0 to 4 had been seen before the last change, and task B's
-  of seeds 0 to 2. *Fresh seeds* are those from 5 on for task A and from 3 on for task B; drifts
-  other than those four had never been tried. No held-out string is in a hint, a pair or a prompt
-  of training.
+  hint demonstrates, `beta1` and `epsilon` of Adam, the rate and the number of steps. Task B's first
+  ones (16 steps, Adam's usual constants, hints with one example) took GRPO to 61 % and all three
+  channels to 69 %; it then got task A's, tried on validation prompts of seeds 0 and 1. log.md has
+  the trials. So held-out prompts of seeds 0 to 4 had been seen before the last change; *fresh
+  seeds* are those from 5 on. Drifts other than those four had never been tried. No held-out string
+  is in a hint, a pair or a prompt of training.
 - *greedy* and *at T*, that of the rollouts: exact success on held-out prompts, the first action
   right and the request carried out. The interval is 95 %: over seeds (Student's t) where three or
   more differ, else over the prompts of all of them (Wilson), which says nothing about other seeds.
@@ -88,8 +89,12 @@ LIMITS = """## What this can and cannot show
   nothing about long episodes or about code. With all eight tools of task A the first settings had
   learned 3 of 16 validation calls after 8 steps of a trial and no more after 12 (log.md); today's
   were not tried on them.
-- On task B the intervals of all four trained arms overlap: nothing here says that the further
-  channels end above GRPO there, or sooner.
+- Task B is fair to GRPO, and GRPO learns it. All three channels have its last score after a third
+  to a half of its tokens, or never: the aim of a quarter is not met. They are ahead in between (see
+  the curves), and nothing shows that they end above GRPO. Rollouts are right at
+  40 % from the start, and a hint tells little that the prompt does not show: there is less to gain
+  than where none is right. A point of the curve is 28 prompts, 4 points of a hundred each, and
+  there is one at every fourth step.
 - GRPO's groups are of two rollouts, so that a step of 10 has a prompt of each tool. Larger groups
   would not help it here while no rollout is right; they would where some are.
 - The hints are written by the environment, which knows the rule. A weaker source of hints would
@@ -205,7 +210,7 @@ def _settings(task: str) -> str:
         f"{divergence.get(sdpo['beta'], 'JSD')} and hints placed `{sdpo['hint_placement']}`; "
         f"{settings.num_heldout} held-out prompts, {settings.num_curve} at each point of the curve."
         + _tools_sentence(settings.num_tools)
-        + _demonstrations_sentence(settings.knobs)
+        + _demonstrations_sentence(task, settings.knobs)
         + _old_convention_sentence(settings.old_convention_every)
     )
 
@@ -278,13 +283,14 @@ def _tools_sentence(num_tools: int | None) -> str:
     )
 
 
-def _demonstrations_sentence(knobs: Mapping[str, object]) -> str:
+def _demonstrations_sentence(task: str, knobs: Mapping[str, object]) -> str:
     if not knobs.get("num_hint_demos"):
         return ""
-    return (
-        f" A hint answers {knobs['num_hint_demos']} requests of the prompt in today's convention, "
-        "never the one that was asked."
-    )
+    which = {
+        "api_drift": "requests of the prompt in today's convention",
+        "call_format": "further requests for the tool",
+    }[task]
+    return f" A hint answers {knobs['num_hint_demos']} {which}, never the one that was asked."
 
 
 def _old_convention_sentence(every: int | None) -> str:

@@ -112,8 +112,7 @@ def _found(cells: Sequence[Cell]) -> Found:
 
 def _fresh(cells: Sequence[Cell]) -> Iterator[Cell]:
     for cell in cells:
-        first = FIRST_FRESH_SEED[cell.task]
-        results = tuple(result for result in cell.results if result["seed"] >= first)
+        results = tuple(r for r in cell.results if r["seed"] >= FIRST_FRESH_SEED)
         if results:
             yield replace(cell, results=results)
 

@@ -180,7 +180,7 @@ def test_other_drifts_are_judged_apart_and_move_no_other_claim():
 
 
 def test_seeds_from_before_the_last_settings_are_not_among_the_fresh_ones():
-    first = FIRST_FRESH_SEED["api_drift"]
+    first = FIRST_FRESH_SEED
     rows = [result("grpo", (1, 1, 1, 1), seed=s) for s in range(first)]
     rows += [result("grpo", (0, 0, 0, 0), seed=s) for s in (first, first + 1)]
     columns = claims(*rows)["GRPO alone stays at or under 10%"]
