@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,29 @@ def test_a_documented_make_target_exists(command):
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_a_documented_script_exists(command):
     assert (ROOT / command.split()[1]).is_file()
+
+
+def imported_packages(script):
+    """Of others, by name."""
+    nodes = list(ast.walk(ast.parse(script.read_text())))
+    modules = [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)]
+    modules += [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+    packages = {module.partition(".")[0] for module in modules}
+    return packages - sys.stdlib_module_names - {"composer_replication"}
+
+
+def test_the_readme_installs_what_its_commands_need():
+    readme = (ROOT / "README.md").read_text()
+    (extras,) = re.findall(r'pip install -e "\.\[(.+?)\]"', readme)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [r for extra in extras.split(",") for r in project["optional-dependencies"][extra]]
+    installed = {re.split(r"[<>=]", text)[0] for text in [*project["dependencies"], *wanted]}
+    scripts = re.findall(r"python (examples/\S+\.py)", readme)
+    assert len(scripts) >= 2
+    for script in scripts:
+        assert imported_packages(ROOT / script) <= installed, script
+    if "lora." in readme:
+        assert "peft" in installed
 
 
 @pytest.mark.parametrize("block", code_blocks("python"))
