@@ -118,9 +118,10 @@ class _HeadPass(torch.autograd.Function):
         """All log-probs, all entropies, then the divergence if one is asked for."""
         dtype = compute_dtype(hidden, weight)
         edges = [*range(0, hidden.shape[0], tile_rows), hidden.shape[0]]
-        out = hidden.new_empty(0, dtype=dtype)
-        logs = [_LogProbs(part, edges, out) for part in scored]
-        divergences = None if compared is None else _Divergences(compared, edges, out)
+        # What is scored has this type, and is on this device wherever its rows are.
+        like = hidden.new_empty(0, dtype=dtype)
+        logs = [_LogProbs(part, edges, like) for part in scored]
+        divergences = None if compared is None else _Divergences(compared, edges, like)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _tiles(hidden, tile_rows, logs, divergences):
                 tile = rows.start // tile_rows
@@ -197,16 +198,16 @@ def _tiles(
 class _LogProbs:
     """Log-probabilities and entropies of `ScoredTokens`, tile by tile."""
 
-    def __init__(self, tokens: ScoredTokens, edges: list[int], out: Tensor) -> None:
+    def __init__(self, tokens: ScoredTokens, edges: list[int], like: Tensor) -> None:
         inverse = tokens.rows.unique(return_inverse=True)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         rows, row_of_token = cast("tuple[Tensor, Tensor]", inverse)
-        self._row_of_token = _sent(row_of_token, out.device)
-        self._entries = _ByTile(tokens.rows, edges, out.device)
-        self._rows = _ByTile(rows, edges, out.device)
+        self._row_of_token = _sent(row_of_token, like.device)
+        self._entries = _ByTile(tokens.rows, edges, like.device)
+        self._rows = _ByTile(rows, edges, like.device)
         self._tokens = tokens
-        self._lse = out.new_empty(len(rows))
+        self._lse = like.new_empty(len(rows))
         self._row_entropy = torch.zeros_like(self._lse)
-        self.logp = out.new_empty(len(tokens.rows))
+        self.logp = like.new_empty(len(tokens.rows))
         self.entropy = torch.empty_like(self.logp)
 
     def score(self, tile: int, logits: Float[Tensor, "n V"]) -> None:
@@ -284,10 +285,10 @@ class _LogProbs:
 class _Divergences:
     """Divergences of `ComparedTokens`, tile by tile."""
 
-    def __init__(self, tokens: ComparedTokens, edges: list[int], out: Tensor) -> None:
+    def __init__(self, tokens: ComparedTokens, edges: list[int], like: Tensor) -> None:
         self._tokens = tokens
-        self._entries = _ByTile(tokens.rows, edges, out.device)
-        self.values = out.new_empty(len(tokens.rows))
+        self._entries = _ByTile(tokens.rows, edges, like.device)
+        self.values = like.new_empty(len(tokens.rows))
 
     def score(self, tile: int, logits: Float[Tensor, "n V"]) -> None:
         """Fill in what this tile's logits say."""

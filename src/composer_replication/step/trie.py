@@ -93,7 +93,7 @@ class PrefixTree:
 
 def dfs_order(sequences: Sequence[Ids]) -> list[int]:
     """Indices of the sequences in the order in which a tree lays them out."""
-    # Bytes with the high one first compare as the ids do, a hundred times as fast as lists.
+    # Bytes with the high one first compare as the ids do, and 30 times as fast as lists.
     keys = [ids.astype(_BIG_ENDIAN).tobytes() for ids in sequences]
     return sorted(range(len(sequences)), key=keys.__getitem__)
 
