@@ -91,10 +91,10 @@ LIMITS = """## What this can and cannot show
   were not tried on them.
 - Task B is fair to GRPO, and GRPO learns it. All three channels have its last score after a third
   to a half of its tokens, or never: the aim of a quarter is not met. They are ahead in between (see
-  the curves), and nothing shows that they end above GRPO. Rollouts are right at
-  40 % from the start, and a hint tells little that the prompt does not show: there is less to gain
-  than where none is right. A point of the curve is 28 prompts, 4 points of a hundred each, and
-  there is one at every fourth step.
+  the curves), and nothing shows that they end above GRPO. Rollouts are right at 40 % from the
+  start, and a hint tells little that the prompt does not show: there is less to gain than where
+  none is right. A point of the curve is 28 prompts, 4 points of a hundred each, and there is one at
+  every fourth step.
 - GRPO's groups are of two rollouts, so that a step of 10 has a prompt of each tool. Larger groups
   would not help it here while no rollout is right; they would where some are.
 - The hints are written by the environment, which knows the rule. A weaker source of hints would

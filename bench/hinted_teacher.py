@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4, help="of each tool")
     args = parser.parse_args()
     loaded = load_model("smollm2-135m")
+    model = loaded.model.eval()
     drifts = [int(seed) for seed in args.drifts.split(",")]
     for num_shown in range(NUM_DEMOS + 1):
         cases = (
@@ -92,7 +93,7 @@ def main() -> None:
         )
         by_kind: dict[str, list[tuple[float, bool]]] = defaultdict(list)
         for kind, site, call in cases:
-            by_kind[kind].append(right_call(loaded.model.eval(), loaded.tokenizer, site, call))
+            by_kind[kind].append(right_call(model, loaded.tokenizer, site, call))
         kinds = sorted(by_kind)
         if num_shown == 0:
             print("P(right call) / greedy\n| demonstrations | all | " + " | ".join(kinds) + " |")

@@ -47,10 +47,9 @@ def plan_run(
     if planned is None:
         return None
     if not has_room(planned):
-        asked = config.model_copy(update={"model": parts.model_spec})
-        raise no_room_error(
-            planned, parts.model_spec, _planner(asked, verb).fitting_change(planned)
-        )
+        asked = PlanRequest(config.model_copy(update={"model": parts.model_spec}), verb=verb)
+        change = _planner(asked, this_machine()).fitting_change(planned)
+        raise no_room_error(planned, parts.model_spec, change)
     memory, place = planned.memory, planned.place
     free_gib = _free_gib(place.capacity_gib)
     if memory.peak_gib > free_gib:
@@ -162,15 +161,16 @@ def planned_here(
     Raises:
         InputError: a model or data that the formulas do not know.
     """
-    place = _this_place(this_machine())
+    machine = this_machine()
+    place = _this_place(machine)
     if place is None:
         return None
-    return _planner(config, verb, evaluation).candidate(place, config, predict)
-
-
-def _planner(config: RunConfig, verb: RunVerb, evaluation: EvaluationSize | None = None) -> Planner:
     request = PlanRequest(config, verb=verb, evaluation=evaluation)
-    return Planner(request, this_machine(), prices=shipped_prices())
+    return _planner(request, machine).candidate(place, config, predict)
+
+
+def _planner(request: PlanRequest, machine: LocalMachine) -> Planner:
+    return Planner(request, machine, prices=shipped_prices())
 
 
 def _free_gib(room_gib: float) -> float:
