@@ -209,7 +209,8 @@ def wrapped_policy(case: StepCase, lm: PreTrainedModel) -> nn.Module:
         )
         if case.checkpoints:
             lm.enable_input_require_grads()
-        policy = peft.get_peft_model(lm, adapter)
+        is_meta = next(lm.parameters()).is_meta
+        policy = peft.get_peft_model(lm, adapter, low_cpu_mem_usage=is_meta)
     if case.autocasts:
         policy.forward = _autocasting(policy)
     return policy

@@ -35,6 +35,9 @@ class FakeFloatsMemory(TensorMemory):
             if func is torch.ops.prim.device.default:
                 # Autograd asks at every node; the full way round takes most of a simulation.
                 return cast(FakeTensor, inputs[0]).fake_device
+            if not all(isinstance(tensor, FakeTensor) for tensor in inputs):
+                args = tuple(self._without_numbers(argument) for argument in args)
+                kwargs = {name: self._without_numbers(value) for name, value in kwargs.items()}
             return self._fake.__torch_dispatch__(func, (), args, kwargs)
         if inputs or func.namespace != "aten":
             return func(*args, **kwargs)
@@ -42,6 +45,17 @@ class FakeFloatsMemory(TensorMemory):
         made = self._fake.__torch_dispatch__(func, (), args, kwargs)
         is_floating = isinstance(made, Tensor) and made.dtype.is_floating_point
         return made if is_floating else func(*args, **kwargs)
+
+    def _without_numbers(self, argument: Any) -> Any:  # noqa: ANN401
+        """An argument with its real tensors made fake: the mode's cache takes no others."""
+        if isinstance(argument, list | tuple):
+            return [self._without_numbers(item) for item in argument]
+        if not isinstance(argument, Tensor) or isinstance(argument, FakeTensor):
+            return argument
+        shape = torch.empty_strided(
+            argument.shape, argument.stride(), dtype=argument.dtype, device="meta"
+        )
+        return FakeTensor(self._fake, shape, argument.device)
 
 
 def _tensors(arguments: Sequence[object]) -> Iterator[Tensor]:

@@ -103,7 +103,7 @@ class Candidate:
             return "no vLLM"
         if engine is not None and 0 < engine.card_share * self.place.capacity_gib < self.vllm_gib:
             return "vLLM share"
-        if self.place.gpu is not None and not self.place.gpu.has_bf16 and self.shape.uses_bf16:
+        if _lacks_bf16(self.place, self.shape):
             return "no bf16"
         return "FSDP only" if self.is_sharded else None
 
@@ -157,7 +157,7 @@ def make_candidate(
         shape: of the run on that kind of device.
         modal: what a remote run asks for.
         prices: of a remote run.
-        predictor: of a step's memory.
+        predictor: of a step's memory; formulas do where the run is not taken for want of bf16.
         factor: measured seconds over predicted ones on this device; None: not known.
         narrows: the factor is of runs of this very model that passed; others shift the range alone.
         measured_s: seconds of phases that earlier runs of this model took there.
@@ -165,6 +165,8 @@ def make_candidate(
     speed = place.speed if place.gpu is None else gpu_speed(place.gpu, shape)
     assert speed is not None, "a CPU place knows its speed"
     num_gpus = max(place.num_gpus, 1)
+    if _lacks_bf16(place, shape):
+        predictor = predict
     memory = whole = run_memory(shape, num_gpus, predictor, card_gib=place.capacity_gib)
     is_sharded = num_gpus > 1 and shape.verb != "evaluate" and whole.peak_gib > place.capacity_gib
     if is_sharded:
@@ -218,6 +220,10 @@ def make_candidate(
         memory_request_gib=memory_gib,
         is_calibrated=factor is not None and narrows,
     )
+
+
+def _lacks_bf16(place: Place, shape: RunShape) -> bool:
+    return place.gpu is not None and not place.gpu.has_bf16 and shape.uses_bf16
 
 
 def _memory_request_gib(weights_gib: float) -> float:

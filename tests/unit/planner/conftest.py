@@ -5,6 +5,7 @@ import pytest
 from composer_replication.config.loading import load_config
 from composer_replication.planner.hardware import GPUS
 from composer_replication.planner.local_machine import LocalCard, LocalMachine
+from composer_replication.planner.memory import predict
 from composer_replication.planner.plan import PlanRequest, make_plan
 from composer_replication.planner.prices import shipped_prices
 
@@ -20,10 +21,10 @@ def own_cache(tmp_path, monkeypatch):
 def planned():
     """`planned(config, machine, **request)`: a plan with the shipped prices on their own day."""
 
-    def plan(config, machine, **request):
+    def plan(config, machine, predictor=predict, **request):
         prices = shipped_prices()
         asked = PlanRequest(config, **request)
-        return make_plan(asked, machine, prices=prices, today=prices.as_of)
+        return make_plan(asked, machine, prices=prices, today=prices.as_of, predictor=predictor)
 
     return plan
 

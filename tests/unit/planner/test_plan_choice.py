@@ -7,7 +7,7 @@ import pytest
 from composer_replication.config.loading import load_config
 from composer_replication.errors import ConfigError
 from composer_replication.planner.hardware import parse_gpu
-from composer_replication.planner.memory import trained_bytes
+from composer_replication.planner.memory import predict, trained_bytes
 from composer_replication.planner.plan_json import plan_json
 from composer_replication.planner.run_memory import run_memory
 from composer_replication.units import gib
@@ -107,6 +107,20 @@ def test_a_t4_is_never_taken_for_bf16(note, planned, machine):
     assert (alone.chosen, alone.exit_code) == (None, 1)
     assert alone.decision.reason.startswith("T4 has no bf16, which this run computes in.")
     assert any("it is not taken" in warning for warning in alone.warnings)
+
+
+def test_only_places_that_can_be_taken_are_predicted_anew(note, planned, machine):
+    """A simulation takes seconds, and a card without flash attention would need one of its own."""
+    asked = []
+
+    def predictor(case):
+        asked.append(case)
+        return predict(case)
+
+    plan = planned(note, machine(), on="modal", predictor=predictor)
+    assert "T4" in {candidate.place.label for candidate in plan.candidates}
+    assert len(asked) == len(plan.candidates) - 1
+    assert all(case.has_flash for case in asked)
 
 
 def test_bf16_that_a_card_lacks_is_refused_as_a_launch_refuses_it(planned, machine):
