@@ -8,9 +8,8 @@ from composer_replication.environments.api_drift_rules import drift_from_seed
 from composer_replication.experiments.evidence_arms import (
     ARMS,
     CHOICE_DRIFTS,
-    NUM_SEEDS_CONTROL,
-    NUM_SEEDS_MAIN,
     SETTINGS,
+    planned_runs,
 )
 from composer_replication.experiments.evidence_claims import claims_table
 from composer_replication.experiments.evidence_report import Cell, load_cells, rule_table, table
@@ -327,9 +326,6 @@ def _devices(cells: list[Cell]) -> str:
 
 def _missing(cells: list[Cell]) -> str:
     have = {(cell.task, cell.arm): len(cell.results) for cell in cells if cell.drift == 0}
-    main = ("base", "all", "grpo", "sdpo", "dpo")
-    wanted = {(task, arm): NUM_SEEDS_MAIN for task in TITLES for arm in main}
-    controls = [arm for arm in ARMS if arm not in main]
-    wanted |= {("api_drift", arm): NUM_SEEDS_CONTROL for arm in controls}
+    wanted = Counter((run.task, run.arm) for run in planned_runs())
     lacking = sum(max(0, number - have.get(key, 0)) for key, number in wanted.items())
     return f"{lacking} of {sum(wanted.values())} runs" if lacking else "nothing"

@@ -217,18 +217,13 @@ def fingerprint(task: str, arm: Arm, settings: TaskSettings) -> str:
 def planned_runs() -> Iterator[EvidenceRun]:
     """Every run of the table, the most telling first.
 
-    Task A under seed 0: the main arms, then the controls; task B under seed 0; further seeds.
+    Under each seed task A and then task B, the main arms before the controls.
     """
     controls = [arm for arm in ARMS if arm not in ("base", *MAIN_ARMS)]
     first = ["base", "all", "grpo", "sdpo", "dpo"]
-    for arm in [*first, *controls]:
-        yield EvidenceRun("api_drift", arm, 0)
-    for arm in first:
-        yield EvidenceRun("call_format", arm, 0)
-    for seed in range(1, NUM_SEEDS_MAIN):
+    for seed in range(NUM_SEEDS_MAIN):
         for task in TASKS:
-            arms = first + (controls if task == "api_drift" and seed < NUM_SEEDS_CONTROL else [])
-            for arm in arms:
+            for arm in first + (controls if seed < NUM_SEEDS_CONTROL else []):
                 yield EvidenceRun(task, arm, seed)
 
 

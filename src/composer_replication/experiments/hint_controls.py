@@ -66,13 +66,16 @@ def _wrong_hint(site: HintSite) -> str:
     if not old_calls:
         return hint_from_error(TurnError("", f'Use the key "{WRONG_KEYS[0]}".'))
     first = next(iter(old_calls.values()))
-    requests = [request for request, _ in demonstrations_in(site.hint)[1] if request]
+    shown = [(request, call) for request, call in demonstrations_in(site.hint)[1] if request]
     return hint_from_error(
         TurnError(
             kind="",
             message=f'Use the key "{_wrong_key(first)}".',
             example=_under_wrong_key(first),
-            demonstrations=tuple((r, _under_wrong_key(old_calls[r])) for r in requests),
+            # A request that is not the prompt's is of a task with one convention, its call's.
+            demonstrations=tuple(
+                (request, _under_wrong_key(old_calls.get(request, call))) for request, call in shown
+            ),
         )
     )
 

@@ -47,14 +47,15 @@ def test_the_plan_has_five_seeds_of_the_main_arms_and_three_of_the_controls():
     assert len(runs) == len(set(runs)) == len({run.key for run in runs})
     counts = Counter((run.task, run.arm) for run in runs)
     assert all(counts[task, arm] == 5 for task in TASKS for arm in MAIN)
-    assert all(counts["api_drift", arm] == 3 for arm in set(ARMS) - MAIN)
+    assert all(counts[task, arm] == 3 for task in TASKS for arm in set(ARMS) - MAIN)
 
 
 def test_seed_0_of_every_arm_of_task_a_comes_first_then_task_b():
     runs = next_runs(set(), {})
     assert {run.arm for run in runs[: len(ARMS)]} == set(ARMS)
     assert all((run.task, run.seed) == ("api_drift", 0) for run in runs[: len(ARMS)])
-    after = runs[len(ARMS) : len(ARMS) + len(MAIN)]
+    after = runs[len(ARMS) : 2 * len(ARMS)]
+    assert {run.arm for run in after} == set(ARMS)
     assert {(run.task, run.seed) for run in after} == {("call_format", 0)}
 
 

@@ -77,6 +77,28 @@ def test_a_wrong_hint_has_the_right_form_and_one_wrong_key_for_each_tool(num_sho
     assert all(len(keys) == 1 for keys in by_tool.values())
 
 
+@pytest.mark.parametrize("num_shown", [0, 1, 3])
+def test_a_wrong_hint_has_the_right_hints_requests_where_the_prompt_lacks_them(num_shown):
+    """`call_format` demonstrates further requests, and has one convention alone."""
+    sites = task_rows("call_format", "train", num_hint_demos=num_shown).hint_sites
+    for before, after in zip(sites, wrong(sites), strict=True):
+        _, asked = demonstrations_in(before.hint)
+        _, shown = demonstrations_in(after.hint)
+        assert len(shown) == max(num_shown, 1)
+        assert [request for request, _ in shown] == [request for request, _ in asked]
+        if num_shown:
+            for (_, right), (_, wrongly) in zip(asked, shown, strict=True):
+                (lost,), (found,) = right_and_wrong_keys(right, wrongly)
+                assert lost not in WRONG_KEYS
+                assert found in WRONG_KEYS
+
+
+def right_and_wrong_keys(right, wrongly):
+    right, wrongly = json.loads(right), json.loads(wrongly)
+    assert list(right.values()) == list(wrongly.values())
+    return right.keys() - wrongly.keys(), wrongly.keys() - right.keys()
+
+
 @pytest.mark.parametrize("num_shown", [0, 3])
 @pytest.mark.parametrize("drift_seed", range(12))
 def test_nothing_of_todays_rule_is_left_in_a_wrong_hint(drift_seed, num_shown):
