@@ -33,13 +33,24 @@ def test_a_graded_reward_is_the_share_of_tests():
     ("completion", "code"),
     [
         ("x = 1", "x = 1"),
-        ("Here:\n```python\nx = 1\n```\nDone.", "x = 1"),
-        ("```py\nx = 0\n```\nBetter:\n```\nx = 1\n```", "x = 1"),
+        ("Here:\n```python\nx = 1\n```\nDone.", "x = 1\n"),
+        ("```py\nx = 0\n```\nBetter:\n```python\nx = 1\n```", "x = 1\n"),
+        ("```\nx = 0\n```\nBetter:\n```\nx = 1\n```", "x = 1\n"),
         ("```python\nx = 1", "x = 1"),
+        ("```python\nx = 1\n```\nRun it:\n```bash\npython x.py\n```\nDone.", "x = 1\n"),
+        ("```python\nx = 1\n```\nIt prints:\n```\n1\n```", "x = 1\n"),
+        ("```Python3\nx = 1\n```\nprose", "x = 1\n"),
+        ("```{.python}\nx = 1\n```", "x = 1\n"),
+        ("```python\r\nx = 1\r\n```\r\nDone.", "x = 1\n"),
+        ("````python\nx = 1\n```\n````", "x = 1\n```\n"),
+        ("~~~py\nx = 1\n~~~", "x = 1\n"),
+        ("1. First\n   ```python\n   x = 1\n   ```", "x = 1\n"),
+        ("```c\nint x;\n```", "int x;\n"),
+        ("```pypy\nx = 0\n```\n```\nx = 1\n```", "x = 1\n"),
         ([{"role": "user", "content": "y"}, {"role": "assistant", "content": "x = 1"}], "x = 1"),
     ],
 )
-def test_the_last_block_of_an_answer_is_its_code(completion, code):
+def test_the_last_block_of_python_is_an_answers_code(completion, code):
     assert code_in(completion) == code
 
 

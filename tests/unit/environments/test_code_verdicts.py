@@ -1,5 +1,9 @@
 """Hidden tests decide: honest code passes, and no trick of the code's process makes a test pass."""
 
+import re
+from fractions import Fraction
+
+import numpy as np
 import pytest
 from sandboxed_runs import SAFE, mechanism_id, verdict_of
 
@@ -172,7 +176,7 @@ def test_a_function_named_like_a_built_in_is_imported_by_its_tests():
 PLAIN = [
     None, True, -1, 1.5, float("inf"), "text", b"\x00\xff", 2j, [1, [2]], (1, (2,)), {1, 2},
     frozenset({3}), {"a": 1, 2: (3,)}, 10**30, -(2**63), 10**5000, bytearray(b"x"), [], {},
-    "\ud800",
+    "\ud800", range(3), range(10**30, 0, -(10**20)),
 ]  # fmt: skip
 
 
@@ -183,7 +187,17 @@ def test_plain_data_crosses_with_its_type(value):
     assert type(back) is (bytes if isinstance(value, bytearray) else type(value))
 
 
+@pytest.mark.parametrize(
+    ("value", "plain"), [(np.int64(3), 3), (np.float32(0.5), 0.5), ([np.uint8(1)], [1])]
+)
+def test_numbers_of_numpy_cross_as_plain_ones(value, plain):
+    back = judge_script.decode(judge_script.encode(value))
+    assert (back, type(back)) == (plain, type(plain))
+
+
 def test_what_is_no_plain_data_is_refused():
+    with pytest.raises(TypeError, match="a Fraction is no plain data"):
+        judge_script.encode(Fraction(1, 3))
     with pytest.raises(TypeError, match="a object is no plain data"):
         judge_script.encode([object()])
     verdict = verdict_of("def f():\n    return iter([1])", "assert list(f()) == [1]")
@@ -293,13 +307,62 @@ class TestOfMethods(unittest.TestCase):
     assert verdict.problems == ("not all tests could be run: the solution ended its process",)
 
 
-@pytest.mark.parametrize("code", ["double = (", "1 / 0", "import sys\nsys.exit(0)"])
+@pytest.mark.parametrize("code", ["double = (", "1 / 0", "import sys\nsys.exit(0)", "'\ud800'"])
 def test_code_that_cannot_be_loaded_passes_no_test(code):
-    tests = "assert max([1, 2]) == 2\nassert callable(double)"
+    tests = "assert max([1, 2]) == 2\nassert callable(double)\nassert double(1) == 2"
     assert verdict_of(HONEST, tests).is_passed
     verdict = verdict_of(code, tests)
     assert (verdict.kind, verdict.num_passed) == ("incomplete", 0)
-    assert "the solution could not be loaded: " in verdict.problems[0]
+    reasons = "could not be loaded: |holds half of a surrogate"
+    assert re.match(f"not all tests could be run: the solution ({reasons})", verdict.problems[0])
+
+
+@pytest.mark.parametrize("condition", ["callable(double)", "[double]", "not double"])
+def test_tests_that_never_called_the_solution_are_an_error_and_no_verdict(condition):
+    with pytest.raises(DataError, match=r"never called the solution.*Call its functions"):
+        verdict_of(HONEST, f"assert {condition}")
+    with pytest.raises(DataError, match="never called"):
+        verdict_of(WRONG, f"assert {condition}")
+
+
+NAMES = """
+import unittest
+def other():
+    area = 3
+    return [area for area in [area]]
+def test_area():
+    assert area(2) == 4
+def test_volume():
+    area = 3
+    assert volume(area) == 27
+class TestOfArea(unittest.TestCase):
+    area = 5
+    def test_of_a_class(self):
+        self.assertEqual(area(self.area), 25)
+assert [area for area in other()] == [3]
+assert (lambda volume: volume)(1) == 1
+"""
+
+
+def test_a_name_that_is_bound_in_one_place_is_the_solutions_in_another():
+    code = "def area(x): return x * x\ndef volume(x): return x ** 3"
+    assert judge_script.names_of_solution(NAMES) == {"area", "volume"}
+    assert verdict_of(code, NAMES) == CodeVerdict("passed", 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("tests", "names"),
+    [
+        ("def set_up():\n    global f\n    f = g\nset_up()\nassert f(1)", {"g"}),
+        ("assert f(1)\nf = len", set()),
+        ("import os.path as f\nassert f.join(g(1))", {"g"}),
+        ("try:\n    f(1)\nexcept ValueError as error:\n    assert h(error)", {"f", "h"}),
+        ("assert [y := f(1)] and y", {"f"}),
+        ("def test_it(n=f(1)):\n    assert n", {"f"}),
+    ],
+)
+def test_the_solutions_names_follow_pythons_scopes(tests, names):
+    assert judge_script.names_of_solution(tests) == names
 
 
 def test_tests_that_end_their_own_process_are_named():
@@ -325,6 +388,52 @@ def test_a_value_beyond_the_limit_fails_its_test_and_says_so():
         1,
         ("line 1: SolutionError: its value takes 8.6 MiB; at most 8 MiB can be judged",),
     )
+
+
+ERRORS = r"""
+class TooSmall(ValueError): pass
+class Plain(Exception): pass
+class Odd(KeyError):
+    args = property(lambda self: 1 / 0)
+class Stops(StopIteration, ValueError): pass
+import json
+def f(kind):
+    if kind == "json":
+        return json.loads("{")
+    if kind == "unicode":
+        return b"\xff".decode()
+    if kind == "key":
+        return {}["k"]
+    if kind == "long":
+        raise ValueError("x" * 1000)
+    if kind == "bare":
+        raise ValueError
+    raise {"own": TooSmall(3, "is small"), "plain": Plain(1), "odd": Odd(), "stops": Stops(),
+           "file": FileNotFoundError(2, "gone")}[kind]
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "caught", "check"),
+    [
+        ("json", "ValueError", "'Expecting property name' in str(error)"),
+        ("unicode", "UnicodeDecodeError", r"error.args[:2] == ('utf-8', b'\xff')"),
+        ("key", "KeyError", "error.args == ('k',)"),
+        ("long", "ValueError", "str(error) == 'x' * 1000"),
+        ("own", "ValueError", "error.args == (3, 'is small')"),
+        ("bare", "ValueError", "error.args == ()"),
+        ("plain", "Exception", "type(error).__name__ == 'SolutionError'"),
+        ("odd", "KeyError", "len(error.args) == 1"),
+        ("stops", "Exception", "type(error).__name__ == 'SolutionError'"),
+        ("file", "FileNotFoundError", "error.errno == 2"),
+    ],
+)
+def test_an_error_is_the_nearest_built_in_one_with_its_arguments(kind, caught, check):
+    tests = (
+        f"def test_it():\n    try:\n        f({kind!r})\n    except {caught} as error:\n"
+        f"        assert {check}, error\n    else:\n        assert False\n"
+    )
+    assert verdict_of(ERRORS, tests).problems == ()
 
 
 def test_an_error_without_a_text_is_an_error_of_its_name():

@@ -45,6 +45,8 @@ ESCAPES = {
     "connects_to_an_abstract_service": "unix(chr(0) + ABSTRACT)",
     "keeps_memory_without_a_process": "os.memfd_create('x')",
     "keeps_shared_memory": "assert libc.shmctl(libc.shmget(0, 4096, 0o1600), 0, None) == 0",
+    "maps_pages_that_no_process_holds": "mmap.mmap(-1, 4096)",
+    "maps_pages_of_zeros_shared": "mmap.mmap(os.open('/dev/zero', os.O_RDWR), 4096)",
     "traces_a_process": "assert libc.ptrace(0, 0, 0, 0) == 0",
     "enlarges_what_a_socket_holds": "pair()[0].setsockopt(1, socket.SO_SNDBUF, 1 << 16)",
     "enlarges_what_a_socket_takes": "pair()[0].setsockopt(1, socket.SO_RCVBUF, 1 << 16)",
@@ -53,7 +55,7 @@ ESCAPES = {
     "makes_a_user_namespace": "assert libc.unshare(0x10000000) == 0",
 }
 PRELUDE = """\
-import ctypes, fcntl, os, socket
+import ctypes, fcntl, mmap, os, socket
 SECRET, OUTSIDE, PID, PORT, ABSTRACT = {secret!r}, {outside!r}, {pid}, {port}, {abstract!r}
 libc, pair = ctypes.CDLL(None), socket.socketpair
 def unix(address):
@@ -158,6 +160,29 @@ def test_a_program_without_measure_is_stopped_at_its_limit(mechanism, code, endi
     assert result.exit_code != 0
     assert len(result.stdout) + len(result.stderr) < 200_000
     assert result.wall_s < 6
+
+
+SHARES = """
+import mmap, os, time
+try:
+    for _ in range(6):
+        held = mmap.mmap(-1, 80 << 20)
+        for start in range(0, 80 << 20, 4096):
+            held[start] = 1
+        if os.fork() == 0:
+            time.sleep(30)
+        held.close()
+except PermissionError:
+    own = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE)
+    print("refused", len(own))
+"""
+
+
+@pytest.mark.parametrize("mechanism", SAFE, ids=mechanism_id)
+def test_pages_that_nobody_touched_cannot_be_left_with_children(mechanism):
+    """Shared pages are in the memory of no child that never looked at them."""
+    result = run_program(SHARES, mechanism, memory_mib=200)
+    assert result.stdout == ("" if mechanism is None else "refused 1048576\n"), result.stderr
 
 
 FILLS_BUFFERS = """

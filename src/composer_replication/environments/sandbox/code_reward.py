@@ -8,7 +8,8 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
+
+from markdown_it import MarkdownIt
 
 from composer_replication.environments.sandbox.code_verdict import judge_code
 from composer_replication.environments.sandbox.hidden_tests import check_tests
@@ -18,7 +19,8 @@ from composer_replication.errors import DataError, shown
 
 Completion = str | Sequence[Mapping[str, str]]
 
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+_PYTHON = re.compile(r"\{?\.?py(thon)?\d?\b", re.IGNORECASE)
+"""How a fence of Python names its language, such as `python3` or `{.python}`."""
 
 
 def code_reward(
@@ -84,7 +86,13 @@ def make_code_reward(
 
 
 def code_in(completion: Completion) -> str:
-    """The code of an answer: its last fenced block, or all of it where nothing is fenced."""
+    """The code of an answer: its last block of Python, or all of it where nothing is fenced.
+
+    Where no block says Python, the last without a language, and else the last of all.
+    """
     text = completion if isinstance(completion, str) else completion[-1]["content"]
-    blocks = cast(list[str], _FENCE.findall(text))
-    return blocks[-1] if blocks else text
+    blocks = [token for token in MarkdownIt().parse(text) if token.type == "fence"]
+    python = [block for block in blocks if _PYTHON.match(block.info.strip())]
+    unnamed = [block for block in blocks if not block.info.strip()]
+    chosen = python or unnamed or blocks
+    return chosen[-1].content if chosen else text

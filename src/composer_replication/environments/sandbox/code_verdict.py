@@ -20,6 +20,7 @@ from composer_replication.environments.sandbox.hidden_tests import check_tests
 from composer_replication.environments.sandbox.launching import Mechanism
 from composer_replication.environments.sandbox.mechanisms import choose_mechanism
 from composer_replication.environments.sandbox.sandbox_limits import Ending, SandboxLimits
+from composer_replication.errors import DataError, shown
 
 VerdictKind = Literal["passed", "failed", "incomplete", "timeout", "memory", "processes", "output"]
 """`failed`: all tests ran. `incomplete`: the code could not be loaded, or ended its process, or the
@@ -76,15 +77,24 @@ def judge_code(
         mechanism: how they are confined; None: the strongest that works here.
 
     Raises:
-        DataError: tests that could not be run, or that would not all count; see `check_tests`.
+        DataError: tests that could not be run, or that would not all count; see `check_tests`. Or
+            tests that ran and called nothing.
         SandboxUnavailableError: the code could not be confined, so it did not run.
     """
     check_tests(tests)
     limits = limits or SandboxLimits()
     mechanism = mechanism or choose_mechanism()
+    if not _is_text(code):
+        problem = "not all tests could be run: the solution holds half of a surrogate pair"
+        return CodeVerdict("incomplete", 0, 0, (problem,))
     report, endings, last_words = _run_both(code, tests, limits, mechanism)
     rows = [json.loads(line) for line in report.decode().splitlines()]
-    is_complete = rows[-1:] == [{"is_complete": True}]
+    is_complete = bool(rows) and "is_complete" in rows[-1]
+    if is_complete and not rows[-1]["asks"]:
+        raise DataError(
+            f"The tests {shown(tests)} never called the solution, so every one would pass that can "
+            "be loaded. Call its functions."
+        )
     ran = [row for row in rows if "test" in row]
     problems = [f"{row['test']}: {row['problem']}" for row in ran if row["problem"]]
     num_passed = len(ran) - len(problems)
@@ -97,6 +107,15 @@ def judge_code(
     stopped = rows[-1].get("stopped") if rows else None
     problems.append(f"not all tests could be run: {_reason(kind, stopped, last_words)}")
     return CodeVerdict(kind, len(ran), num_passed, tuple(problems))
+
+
+def _is_text(code: str) -> bool:
+    """Whether it can be written to a file."""
+    try:
+        code.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _run_both(

@@ -86,10 +86,13 @@ _DENIED_CALLS = {
 # no process's memory. Numbers of setsockopt and fcntl; the argument; SO_SNDBUF, SO_RCVBUF and the
 # two that force them, and F_SETPIPE_SZ.
 _DENIED_ARGUMENTS = (((54, 208), 2, (7, 8, 32, 33)), ((72, 25), 1, (1031,)))
+# mmap, its flags, MAP_SHARED: pages that a fork holds without having touched them are in no
+# process's memory either.
+_DENIED_BIT = ((9, 222), 3, 1)
 _MAX_OPEN_FILES = 64
 _AUDIT_ARCHITECTURES = (0xC000003E, 0xC00000B7)
 _SET_SECCOMP, _FILTER_MODE = 22, 2
-_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _DENY, _KILL = 0x7FFF0000, 0x00050001, 0x80000000
 _FIRST_X32_CALL = 0x40000000
 
@@ -275,7 +278,14 @@ def _deny_calls() -> None:
         for left, value in zip(reversed(range(len(values))), values, strict=True):
             steps.append((_JUMP_EQUAL, left, 0 if left else 1, value))
         steps += [(_RETURN, 0, 0, _DENY), (_RETURN, 0, 0, _ALLOW)]
-    steps.append((_RETURN, 0, 0, _ALLOW))
+    numbers, argument, bit = _DENIED_BIT
+    steps += [
+        (_JUMP_EQUAL, 0, 3, numbers[machine]),
+        (_LOAD, 0, 0, 16 + 8 * argument),
+        (_JUMP_BIT, 0, 1, bit),
+        (_RETURN, 0, 0, _DENY),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
     program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
     filter_ = struct.pack("@HP", len(steps), ctypes.addressof(program))
     _checked("prctl", _libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0))

@@ -53,7 +53,7 @@ def run_confined(
 
     Raises:
         SandboxUnavailableError: the program could not be confined, so it did not run.
-        DataError: a file name with a folder in it.
+        DataError: a file name with a folder in it, or a text that UTF-8 cannot hold.
     """
     with ConfinedProcess(argv, mechanism=mechanism, limits=limits, files=files, stdin=stdin) as run:
         return run.wait()
@@ -79,7 +79,7 @@ class ConfinedProcess:
         self._limits = limits
         self._mechanism = mechanism
         self._stop_asked = threading.Event()
-        _check_names(files or {})
+        _check_files(files or {})
         # Under a confining mechanism this stays empty: the program's folder lies over it.
         self._host_folder = tempfile.TemporaryDirectory(
             prefix="composer-sandbox-", ignore_cleanup_errors=True
@@ -223,10 +223,16 @@ class ConfinedProcess:
         self._process.wait()
 
 
-def _check_names(files: Mapping[str, str]) -> None:
-    for name in files:
+def _check_files(files: Mapping[str, str]) -> None:
+    for name, text in files.items():
         if "/" in name or name in ("", ".", ".."):
             raise DataError(
                 f"{name!r} cannot be a file of the sandbox: all of them lie in one folder. "
                 "Give a plain name, such as 'main.py'."
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{name!r} cannot be a file of the sandbox: {error}. Give text that UTF-8 can hold."
+            ) from error

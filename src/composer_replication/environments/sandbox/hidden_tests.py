@@ -52,7 +52,7 @@ def check_tests(tests: str) -> None:
             f"The tests {shown(tests)} hold no test, so every solution would pass. "
             "Give asserts, functions named test..., or a unittest.TestCase."
         )
-    if not names_of_solution(tree) and not _imports(tree, "solution"):
+    if not names_of_solution(tests) and not _imports(tree, "solution"):
         raise DataError(
             f"The tests {shown(tests)} call no function of the solution, so every solution would "
             "pass. Call one by a name that the tests do not define, or import it from solution."

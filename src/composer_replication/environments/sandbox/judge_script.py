@@ -11,6 +11,8 @@ Imports the standard library alone: the package is not there inside a sandbox.
 import ast
 import builtins
 import json
+import numbers
+import symtable
 import sys
 import types
 import unittest
@@ -20,6 +22,8 @@ from typing import cast
 
 MAX_MESSAGE_BYTES = 8 << 20
 """Of one answer as JSON."""
+_MAX_ARGUMENTS = 1 << 16
+"""Characters of an error's arguments as JSON; beyond, its text stands for them."""
 _SCALARS = (bool, int, float, str)
 _LARGEST_JSON_NUMBER = 1 << 63
 """Numbers beyond cross as hexadecimal text: Python reads and writes no decimal of 4300 digits."""
@@ -54,7 +58,7 @@ def encode(value: object) -> object:
 
     Raises:
         TypeError: something else than None, bool, int, float, str, bytes, complex, list, tuple,
-            dict, set and frozenset.
+            dict, set, frozenset, range, and numbers of numpy.
     """
     for kind in _SCALARS:
         if isinstance(value, kind):
@@ -72,6 +76,12 @@ def encode(value: object) -> object:
         return {"bytes": bytes(value).hex()}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
+    if isinstance(value, range):
+        return {"range": [encode(part) for part in (value.start, value.stop, value.step)]}
+    if isinstance(value, numbers.Integral):
+        return encode(int(value))
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Rational):
+        return float(value)
     raise TypeError(f"a {type(value).__name__} is no plain data")
 
 
@@ -94,6 +104,9 @@ def decode(value: object) -> object:
         return bytes.fromhex(items)
     if name == "complex":
         return complex(*items)
+    if name == "range":
+        start, stop, step = cast(list[int], [decode(item) for item in items])
+        return range(start, stop, step)
     return _CONTAINERS[name](decode(item) for item in items)
 
 
@@ -126,13 +139,24 @@ def _answer(module: types.ModuleType, call: dict, problem: dict | None) -> str:
         if len(line) < MAX_MESSAGE_BYTES:
             return line
         sizes = f"{len(line) / (1 << 20):.1f} MiB; at most {MAX_MESSAGE_BYTES >> 20} MiB"
-        return json.dumps({"raised": "", "message": f"its value takes {sizes} can be judged"})
+        return json.dumps({"raised": [], "message": f"its value takes {sizes} can be judged"})
     except BaseException as error:
         return json.dumps(_raised(error))
 
 
 def _raised(error: BaseException) -> dict:
-    return {"raised": type(error).__name__, "message": _text_of(error)}
+    """An error as JSON: the names of its classes, nearest first, its text and its arguments."""
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    return {"raised": kinds, "message": _text_of(error), "arguments": _arguments_of(error)}
+
+
+def _arguments_of(error: BaseException) -> object:
+    try:
+        arguments = encode(tuple(error.args))
+        return arguments if len(json.dumps(arguments)) <= _MAX_ARGUMENTS else None
+    # They are the model's, and may be anything.
+    except BaseException:
+        return None
 
 
 def _text_of(error: BaseException) -> str:
@@ -164,8 +188,10 @@ def run_tests(read_fd: int, write_fd: int, report_fd: int) -> None:
         open(report_fd, "w", encoding="utf-8") as report,
     ):
         ended: list[SolutionEndedError] = []
+        asked: set[str | None] = set()
 
         def ask(name: str | None, arguments: tuple, keywords: dict) -> object:
+            asked.add(name)
             try:
                 return exchange(name, arguments, keywords)
             except SolutionEndedError as error:
@@ -191,23 +217,26 @@ def run_tests(read_fd: int, write_fd: int, report_fd: int) -> None:
             print(json.dumps(row), file=report, flush=True)
 
         try:
-            _run(ask, tell)
+            if _run(ask, tell):
+                tell(is_complete=True, asks=bool(asked - {None}))
         except SolutionEndedError as error:
             print(json.dumps({"stopped": str(error)}), file=report, flush=True)
 
 
-def _run(ask: Callable[[str | None, tuple, dict], object], tell: Callable[..., None]) -> None:
+def _run(ask: Callable[[str | None, tuple, dict], object], tell: Callable[..., None]) -> bool:
+    """Whether all tests were run."""
     solution = Solution(ask)
     sys.modules["solution"] = solution
-    tree = ast.parse(Path("tests.py").read_text("utf-8"))
+    tests = Path("tests.py").read_text("utf-8")
+    tree = ast.parse(tests)
     space: dict = {"__name__": "hidden_tests"}
-    space |= {name: getattr(solution, name) for name in names_of_solution(tree)}
+    space |= {name: getattr(solution, name) for name in names_of_solution(tests)}
     try:
         # Tests that ask for nothing would pass for code that does not compile.
         ask(None, (), {})
     except Exception as error:
         tell(stopped=f"the solution could not be loaded: {_problem_text(error)}")
-        return
+        return False
     for node in tree.body:
         code = compile(ast.Module([node], []), "tests.py", "exec")
         problem = _problem_of(lambda code=code: exec(code, space))
@@ -216,34 +245,34 @@ def _run(ask: Callable[[str | None, tuple, dict], object], tell: Callable[..., N
         elif problem is not None:
             # What follows needs what failed here.
             tell(stopped=f"line {node.lineno}, their set-up: {problem}")
-            return
+            return False
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
             tell(test=node.name, problem=_problem_of(space[node.name]))
         elif isinstance(node, ast.ClassDef) and issubclass(space[node.name], unittest.TestCase):
             for name, problem in _problems_of_methods(space[node.name]).items():
                 tell(test=name, problem=problem)
-    tell(is_complete=True)
+    return True
 
 
-def names_of_solution(tree: ast.Module) -> set[str]:
-    """Names that the tests use and nobody defines: what they expect of the solution.
+def names_of_solution(tests: str) -> set[str]:
+    """Names that the tests use as globals and do not define: what they expect of the solution.
 
     A built-in is never among them, so a solution cannot put its own `all` or `len` into the tests;
     tests of a function with such a name import it: `from solution import sum`.
     """
-    used, bound = set(), set(vars(builtins)) | {"__name__"}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            bound.add(node.name)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.alias):
-            bound.add((node.asname or node.name).partition(".")[0])
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            bound.add(node.name)
+    top = symtable.symtable(tests, "tests.py", "exec")
+    bound, used = set(vars(builtins)) | {"__name__"}, set()
+    waiting = [top]
+    for table in waiting:
+        waiting += table.get_children()
+        for symbol in table.get_symbols():
+            is_top = table is top
+            if symbol.is_referenced() and (is_top or symbol.is_global()):
+                used.add(symbol.get_name())
+            is_bound = symbol.is_assigned() or symbol.is_imported()
+            if is_bound and (is_top or symbol.is_declared_global()):
+                bound.add(symbol.get_name())
     return used - bound
 
 
@@ -324,21 +353,32 @@ def _value_of(line: bytes) -> object:
         answer = json.loads(line)
         if "raised" not in answer:
             return decode(answer["value"])
-        name, message = str(answer["raised"]), str(answer["message"])
+        kinds, message = list(map(str, answer["raised"])), str(answer["message"])
+        arguments = cast(tuple | None, decode(answer.get("arguments")))
+        raised = _error_of(kinds, (message,) if arguments is None else arguments)
     except Exception as error:
         raise SolutionEndedError(f"the solution's answer is malformed ({error})") from error
-    found = getattr(builtins, name, None)
-    if not (isinstance(found, type) and issubclass(found, Exception)):
-        raise SolutionError(f"{name}: {message}".removeprefix(": "))
-    if issubclass(found, StopIteration | StopAsyncIteration):
-        # It would end a loop over `map` or a generator in the tests, as if all had passed.
-        raise SolutionError(f"{name}: {message}")
-    try:
-        raised = found(message)
-    except TypeError:
-        # Some, such as UnicodeDecodeError, are not made from one text.
-        raised = SolutionError(f"{name}: {message}")
-    raise raised
+    raise raised or SolutionError(": ".join([*kinds[:1], message]))
+
+
+def _error_of(kinds: list[str], arguments: tuple) -> Exception | None:
+    """The nearest built-in error among an error's classes that a test may see.
+
+    None where that is `Exception` itself, or one that would end a loop over `map` or a generator in
+    the tests as if all had passed.
+    """
+    for name in kinds:
+        found = getattr(builtins, name, None)
+        if not isinstance(found, type) or not issubclass(found, Exception) or found is Exception:
+            continue
+        if issubclass(found, StopIteration | StopAsyncIteration):
+            return None
+        try:
+            return found(*arguments)
+        except Exception:
+            # Arguments of a class of the model's own: the next one may take them.
+            continue
+    return None
 
 
 if __name__ == "__main__":
