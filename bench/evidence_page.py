@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 
 from composer_replication.environments.api_drift_rules import drift_from_seed
 from composer_replication.experiments.evidence_arms import (
@@ -11,7 +12,7 @@ from composer_replication.experiments.evidence_arms import (
     SETTINGS,
     planned_runs,
 )
-from composer_replication.experiments.evidence_claims import claims_table
+from composer_replication.experiments.evidence_claims import claims_table, tokens_to_reach
 from composer_replication.experiments.evidence_report import Cell, load_cells, rule_table, table
 from composer_replication.experiments.hint_controls import CONTROLS
 
@@ -26,30 +27,35 @@ Does training make the model better, and is it the hints that do it? The claims,
 come from `bench/results/evidence/`, one file a run; what is quoted from trials before them says so
 and is in [log.md](log.md). `python bench/evidence.py --max-runs 1` makes the next run that is
 missing and writes this page again. The model is
-SmolLM2-135M-Instruct, every weight trained in fp32, on the machine that each file names.
+SmolLM2-135M-Instruct, every weight trained in fp32, on the kind of device that each file names.
 
 - All arms of a task have the same settings, prompts, seeds and number of rollouts, so they
   sample the same number of episodes; tokens differ with how long the episodes are, and are in
   the table. Error turns of a rollout are the only hint sites: no arm samples anything besides.
+  Tokens sampled are matched, seconds are not: they are below each table by arm.
 - Settings are those of trials (log.md) on training prompts and on a validation split, whose files,
   folders and words are in neither of the other two. No grid was searched. All were chosen twice.
   Task A's first ones, found on the shipped drift alone, took all three channels to 90 % of its
   held-out prompts and to 70, 30 and 45 % of those of three other drifts. That look is why they were
   chosen again: on validation prompts of drifts 0, 1, 4 and 7, under seed 0. What changed is how a
-  hint demonstrates, `beta1` and `epsilon` of Adam, the rate and the number of steps. Task B's first
+  hint demonstrates, Adam's constants, the rate, its warm-up and the number of steps. Task B's first
   ones (16 steps, Adam's usual constants, hints with one example) took GRPO to 61 % and all three
-  channels to 69 %; it then got task A's, tried on validation prompts of seeds 0 and 1. log.md has
-  the trials. So held-out prompts of seeds 0 to 4 had been seen before the last change; *fresh
-  seeds* are those from 5 on. Drifts other than those four had never been tried. No held-out string
-  is in a hint, a pair or a prompt of training.
+  channels to 69 %; it then got task A's rate, constants and demonstrations, tried on validation
+  prompts of seeds 0 and 1, and 36 steps, so that one point of its curve lies below a quarter of the
+  tokens. log.md has the trials. So held-out prompts of seeds 0 to 4 had been seen before the last
+  change; *fresh seeds* are those from 5 on. They draw from the same held-out files, folders and
+  words: no prompt of seed 5 is one of seeds 0 to 4, and 12 of its 40 last requests are. Drifts
+  other than those four had never been tried. No held-out string is in a hint, a pair or a prompt
+  of training.
 - *greedy* and *at T*, that of the rollouts: exact success on held-out prompts, the first action
-  right and the request carried out. The interval is 95 %: over seeds (Student's t) where three or
-  more differ, else over the prompts of all of them (Wilson), which says nothing about other seeds.
-  Of three seeds it is wide. A claim holds, or does not, where its whole interval is on one side of
-  its bound; *by its mean* says that the bound is inside.
+  right and the request carried out. The interval is 95 %: over seeds (Student's t) where there are
+  three or more that are not all equal, else over the prompts of all of them (Wilson), which says
+  nothing about other seeds. Of three seeds it is wide. A claim holds, or does not, where its whole
+  interval (of drifts and of shares of tokens: from the lowest value to the highest) is on one side
+  of its bound; *by its mean* says that the bound is inside.
 - *rules with pairs*: held-out success on tools whose rule some training pair shows; *rules
   without*: on tools that only hints and rewards tell about.
-- *old convention*: success when a prompt asks for the convention from before the drift, in an
+- *old convention*: success at 24 prompts that ask for the convention from before the drift, in an
   environment that keeps it. *nats a token*: loss on everyday replies, and its change from the
   base.
 """
@@ -59,10 +65,15 @@ LIMITS = """## What this can and cannot show
 - It shows whether a dense channel moves a small model where the outcome reward alone cannot,
   under one budget of rollouts, and whether that needs the right hint. It does not show that the
   same holds for a model that can already explore: SDPO is reported to fall behind GRPO on
-  Qwen2.5-1.5B, to be level at 0.6B and to gain with size from there (arXiv:2601.20802).
+  Qwen2.5-1.5B, to gain slightly at 0.6B and more with size (arXiv:2601.20802).
+- It does not say that SDPO is the best use of these hints. What the hinted base model does greedily
+  is a ceiling of sorts: 0.97 of failed training prompts of four drifts (`bench/hinted_teacher.py`).
+  Fine-tuning on its right answers, the obvious rival, was not run.
 - Task A is built so that GRPO starts without a right answer to reinforce: the new convention is
   in no prompt. A policy that never samples a right call gives GRPO nothing; that is the case
   dense channels are for, and it is not the usual case.
+- The old convention's claim is of the shipped drift, where it is 24 prompts a seed; under drift 7,
+  of which there is no base run, 58 % are right.
 - What it costs: a model that learns today's rules uses them everywhere unless something tells the
   two apart. Every fifth training prompt asks for the old convention, in the words of the probe and
   on other requests; in a trial of earlier settings without such prompts (one seed, log.md) it fell
@@ -70,24 +81,32 @@ LIMITS = """## What this can and cannot show
   Nothing of everyday replies is in training; their loss says what else was lost.
 - At T = 1 this model writes prose or code at most prompts (2 nats a token): in one trial of other
   settings (log.md) 8 % were right after training. Greedy figures are what a user of it would see.
-- Rules are drawn at random, and some are harder: see the tables of other drifts. What is left there
-  (log.md) is mostly of two kinds. Where a path has to be rooted, the folder of `edit` and `write`
-  comes out wrong half of the time. Where a file has to be read first, the first turn is learned and
-  the second never was: after a tool's result this model answers in prose. The hinted model is not
-  sure of either itself, and SDPO teaches no more than its teacher knows.
+- Rules are drawn at random, and some are harder. The shipped drift's four tools have the easy
+  kinds: a key with another name, a value, a flag. Rooted paths are in drifts 3 and 7 alone, at 60
+  and 70 %, where over half of the misses are; in trials `edit` and `write` got their folder wrong
+  half of the time (log.md). A tool whose file has to be read first is in no table: in trials its
+  first turn was learned and its second never, since this model answers a tool's result in prose.
+  The hinted model is not sure of either itself, and SDPO teaches no more than its teacher knows.
+- Of the drifts that the settings were chosen on, 0 and 7 have rows; on validation prompts 1 and 4
+  came to 72 and 82 % (log.md), and 1 is the one with a tool that reads first.
 - The intervals of GRPO + SDPO and of all three channels overlap: that pairs add something here is
   not shown. Under the first settings, with one example in a hint, GRPO + SDPO had never learned the
   flag of `delete`, which pairs taught; three demonstrations teach it. Pairs alone spread `read`'s
-  new key to every tool, and nothing is left of the old convention.
+  new key to every tool in four seeds, and took the form of a call from most answers in the fifth;
+  nothing is left of the old convention in any.
+- Whose weights the teacher has matters less than that they do not run after the policy: with an EMA
+  the interval overlaps the frozen teacher's, with the live policy itself half is learned and much
+  of the old convention lost. The EMA alone, as a KL without hints, teaches nothing: it is the hint.
 - A DPO pair's chosen side holds the answer, a hint does not. That is why pairs cover only every
   second rule: columns *rules with pairs* and *rules without* tell the channels apart.
-- Shuffled hints are those of other tools, so each rule is still shown, at another tool's turns:
-  that makes no greedy call right in any seed, and a few sampled ones. Wrong hints show the old call
-  under a key that no tool has, and so nothing of today's rules.
+- Shuffled hints are those of other tools, of all eight, so that some half of them are about a tool
+  that no prompt asks for; each rule is still shown, at another tool's turns. That makes no greedy
+  call right in any seed, and a few sampled ones: the claim is of greedy calls. Wrong hints show the
+  old call under a key that no tool has, and so nothing of today's rules.
 - Tasks are procedural and short: four to eight tools, calls of some 25 tokens, one turn. They say
-  nothing about long episodes or about code. With all eight tools of task A the first settings had
-  learned 3 of 16 validation calls after 8 steps of a trial and no more after 12 (log.md); today's
-  were not tried on them.
+  nothing about long episodes or about code. With all eight tools of task A a trial of SDPO alone at
+  an early rate had learned 3 of 16 validation calls after 8 steps and no more after 12 (log.md);
+  today's settings were not tried on them.
 - Task B is fair to GRPO, and GRPO learns it. All three channels have its last score after a third
   to a half of its tokens, or never: the aim of a quarter is not met. They are ahead in between (see
   the curves), and nothing shows that they end above GRPO. Rollouts are right at 40 % from the
@@ -112,8 +131,12 @@ def page(results: Path) -> str:
     for task, title in TITLES.items():
         own = [cell for cell in cells if cell.task == task and cell.drift == 0]
         lines += [f"## {title}", "", _settings(task), ""]
+        if own and task == "api_drift":
+            lines += [f"The shipped drift: {_changes(0, own)}", ""]
         if own:
             lines += [*table(own), "", *_train_seconds(own), *_by_tool(own)]
+        if own and task == "call_format":
+            lines += _own_last_score(own)
         if _have_curves(own):
             lines += [f"![held-out success]({plot_name(task)})", ""]
         for drift in sorted({c.drift for c in cells if c.task == task and c.drift}):
@@ -230,19 +253,34 @@ def _adam(grpo: Mapping[str, object]) -> str:
 
 def _train_seconds(cells: list[Cell]) -> list[str]:
     """How long training takes, by device; runs on one thread shared the machine with others."""
-    seconds: dict[str, list[float]] = {}
+    by_device: dict[str, dict[str, list[float]]] = {}
     for cell in cells:
         for result in cell.results:
             if result["steps"]:
-                seconds.setdefault(result["device"], []).append(result["train_s"])
-    if not seconds:
+                arms = by_device.setdefault(result["device"], {})
+                arms.setdefault(ARMS[cell.arm].title, []).append(result["train_s"])
+    lines: list[str] = []
+    for device, arms in sorted(by_device.items()):
+        found = [seconds for times in arms.values() for seconds in times]
+        medians = ", ".join(f"{arm} {median(times):.0f}" for arm, times in arms.items())
+        lines += [
+            f"Training took {min(found):.0f} to {max(found):.0f} s on {device} ({len(found)} "
+            "runs), beside other work, which was more for some than for others; medians by arm: "
+            f"{medians}.",
+            "",
+        ]
+    if "1-thread CPU" in by_device:
+        lines[-1:] = ["One thread is half of a 2-core CPU.", ""]
+    return lines
+
+
+def _own_last_score(cells: list[Cell]) -> list[str]:
+    """When GRPO has its last score itself: what all three channels are compared with."""
+    grpo = next((cell for cell in cells if cell.arm == "grpo"), None)
+    if grpo is None:
         return []
-    parts = [
-        f"{min(found):.0f} to {max(found):.0f} s on {device} ({len(found)} runs)"
-        for device, found in sorted(seconds.items())
-    ]
-    one_thread = " One thread is half of a 2-core CPU." if "1-thread CPU" in seconds else ""
-    return [f"Training took {', '.join(parts)}.{one_thread}", ""]
+    shares = ", ".join(f"{share:.0%}" for share in tokens_to_reach(grpo, grpo))
+    return [f"GRPO alone first has its own last score after {shares} of its tokens (by seed).", ""]
 
 
 def _by_tool(cells: list[Cell]) -> list[str]:
@@ -251,7 +289,16 @@ def _by_tool(cells: list[Cell]) -> list[str]:
 
 
 def _rules(drift: int, cells: list[Cell]) -> str:
-    """What each tool of the prompts wants under that drift."""
+    """When the drift was tried, and what each tool of the prompts wants under it."""
+    history = (
+        "One of the four drifts on whose validation prompts the settings were chosen."
+        if drift in CHOICE_DRIFTS
+        else "The settings as they are; this drift had never been tried."
+    )
+    return f"{history} {_changes(drift, cells)}"
+
+
+def _changes(drift: int, cells: list[Cell]) -> str:
     tools = {tool for cell in cells for result in cell.results for tool in result["tools"]}
     words = {
         "renamed_key": "`{old}` became `{new}`",
@@ -265,12 +312,7 @@ def _rules(drift: int, cells: list[Cell]) -> str:
         for rule in drift_from_seed(drift).rules
         if rule.tool in tools
     ]
-    history = (
-        "One of the four drifts on whose validation prompts the settings were chosen."
-        if drift in CHOICE_DRIFTS
-        else "The settings as they are; this drift had never been tried."
-    )
-    return f"{history} {'; '.join(rules)}."
+    return f"{'; '.join(rules)}."
 
 
 def _tools_sentence(num_tools: int | None) -> str:
