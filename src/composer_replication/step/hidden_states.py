@@ -203,10 +203,15 @@ def rows_before(
 def zero_in_graph(model: nn.Module) -> Float[Tensor, ""]:
     """A zero that a trainable parameter produced, so an empty channel still backpropagates.
 
+    Of a model that trains nothing it is a plain zero.
+
     Under DDP one token goes through the model: a process without any forward would take no part in
     averaging the gradients, and the others would wait for it.
     """
-    parameter = next(p for p in model.parameters() if p.requires_grad)
+    trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    parameter = next(trainable, None)
+    if parameter is None:
+        return torch.zeros((), device=next(model.parameters()).device)
     if isinstance(model, DistributedDataParallel):
         token = torch.ones((1, 1), dtype=torch.long, device=parameter.device)
         _, logits = _hidden_and_last_logits(model, token, token)
@@ -217,10 +222,17 @@ def zero_in_graph(model: nn.Module) -> Float[Tensor, ""]:
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     """The model without dropout and without recomputation, every module's mode put back after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         yield model
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put every module's mode, training or not, back at the end."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
     finally:
         for module, was_training in modes.items():
             module.training = was_training

@@ -3,6 +3,7 @@
 Letters: B sequences, N tokens asked for, R hidden rows returned, T rows of a tree, H hidden size.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -81,12 +82,26 @@ def forward_trees(
         for index, rows in zip(part, trees[-1].rows, strict=True):
             rows_of[index] = rows + first_row
         first_row += trees[-1].num_rows
+    _warn_of_a_dear_cut(len(parts), first_row, sequences)
     wanted = np.array([rows_of[sequence][position - 1] for sequence, position in tokens], np.int64)
     kept, places = np.unique(wanted, return_inverse=True)
     hidden = _hidden_rows(model, trees, torch.from_numpy(kept), options, device)
     counts = [len(each.tokens) for each in asked.values()]
     found = torch.from_numpy(places).split(counts)
     return hidden, dict(zip(asked, found, strict=True))
+
+
+def _warn_of_a_dear_cut(num_parts: int, num_rows: int, sequences: Sequence[Ids]) -> None:
+    """Say so where the parts of a cut step, computed twice, are more than sequences one by one."""
+    num_tokens = sum(map(len, sequences))
+    if num_parts > 1 and 2 * num_rows > num_tokens:
+        warnings.warn(
+            f"A step is cut into {num_parts} parts, which compute {2 * num_rows} tokens where its "
+            f"sequences one by one have {num_tokens}: what is longer than batch.tree_max_tokens is "
+            "computed again for each of its branches. Raise it if the memory allows, or set tree = "
+            "'off'.",
+            stacklevel=3,
+        )
 
 
 def head_tile_rows(head: OutputHead, device: torch.device, options: TreeOptions) -> int:
@@ -109,7 +124,7 @@ def _joined(asked: Mapping[str, RowsAsked]) -> tuple[list[Ids], np.ndarray]:
         np.maximum.at(stops, each.tokens[:, 0], each.tokens[:, 1])
         tokens.append(each.tokens + np.array([len(sequences), 0]))
         sequences += [ids[:stop] for ids, stop in zip(each.sequences, stops, strict=True)]
-    return sequences, np.concatenate(tokens)
+    return sequences, np.concatenate([np.empty((0, 2), np.int64), *tokens])
 
 
 def _hidden_rows(

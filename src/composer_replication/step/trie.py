@@ -121,7 +121,9 @@ def split_at_nodes(sequences: Sequence[Ids], max_tokens: int | None) -> list[lis
     for index in dfs_order(sequences):
         ids = sequences[index]
         num_new = len(ids) - common_prefix(previous, ids)
-        if not parts or (max_tokens is not None and num_tokens + num_new > max_tokens):
+        is_over = max_tokens is not None and num_tokens + num_new > max_tokens
+        # Empty sequences come first; a part of nothing else would have no row.
+        if not parts or (is_over and num_tokens):
             parts.append([])
             num_tokens, num_new = 0, len(ids)
         parts[-1].append(index)

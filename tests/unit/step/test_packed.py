@@ -1,6 +1,7 @@
 """Odd step batches through the packed executor: each gives what separate forwards give."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,47 @@ def test_rollouts_without_a_sampled_token_give_zeros_in_the_graph(model):
     assert scores.policy_logp.tolist() == [[0, 0]]
     scores.policy_logp.sum().backward()
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("budget", [1, 6, 7, 100])
+def test_rows_without_a_scored_token_fit_any_budget(model, budget):
+    """They are empty sequences of the tree, which come first and would be a part without a row."""
+    prompt = [[5, 6, 7, 8, 9, 10]] * 3
+    tensors = rollouts(prompt, [[20, 21], [22, 23], [24, 25]], mask=[[1, 1], [0, 0], [0, 0]])
+    options = TreeOptions(max_tokens=budget)
+    scores = score_packed(model, tensors, NEEDS, StepSettings(), options=options)
+    alone = score_separately(model, tensors, NEEDS, StepSettings())
+    scored = tensors["tool_mask"].bool()
+    assert torch.allclose(scores.policy_logp[scored], alone.policy_logp[scored], atol=1e-12)
+
+
+def test_a_bound_below_the_prefix_says_that_it_costs_more_than_separate_forwards(model):
+    """Of 6 branches of 2 scored tokens each, 20 + 1 rows are computed, and twice."""
+    tensors = rollouts([list(range(20))] * 6, [[30 + i, 31] for i in range(6)])
+    options = TreeOptions(max_tokens=21)
+    with pytest.warns(UserWarning, match=r"into 6 parts, which compute 252 tokens.*have 126"):
+        score_packed(model, tensors, NEEDS, StepSettings(), options=options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score_packed(model, tensors, NEEDS, StepSettings(), options=TreeOptions(max_tokens=23))
+        score_packed(model, tensors, NEEDS, StepSettings(), options=TreeOptions())
+
+
+@pytest.mark.parametrize("mask", [[[1, 1]], [[0, 0]]])
+def test_a_model_that_trains_nothing_is_scored(mask):
+    frozen = tiny_families.tiny_model("phi").requires_grad_(False)
+    tensors = rollouts([[7, 8]], [[11, 12]], mask=mask)
+    scores = score_packed(frozen, tensors, NEEDS, StepSettings())
+    alone = score_separately(frozen, tensors, NEEDS, StepSettings())
+    kept = tensors["tool_mask"].bool()
+    assert not scores.policy_logp.requires_grad
+    assert torch.allclose(scores.policy_logp[kept], alone.policy_logp[kept], atol=1e-12)
+
+
+def test_a_step_without_any_data_has_no_scores(model):
+    for tensors in ({}, {"advantages": torch.zeros(0)}):
+        scores = score_packed(model, tensors, NEEDS, StepSettings())
+        assert (scores.policy_logp, scores.divergence, scores.chosen_logp) == (None, None, None)
 
 
 def test_an_empty_action_gives_an_empty_divergence(model):

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -49,6 +50,47 @@ REFUSED = {
         "away from those of separate forwards",
     ),
     "bloom": ({"n_layer": 2, "n_head": 4}, "its forward refuses a tree"),
+    # A window longer than the probe's sequences, in the mask and nowhere else.
+    "qwen2_moe": (
+        {
+            "use_sliding_window": True,
+            "sliding_window": 600,
+            "layer_types": ["sliding_attention"] * 2,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+        },
+        "its window of 600 tokens is in its mask alone",
+    ),
+    "opt": (
+        {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.1},
+        "so it draws random numbers",
+    ),
+    "seed_oss": (
+        {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.1},
+        "so it draws random numbers",
+    ),
+    "starcoder2": ({"residual_dropout": 0.1}, "so it draws random numbers"),
+    "mixtral": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.1},
+        "so it draws random numbers",
+    ),
+    "phimoe": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "so it draws random numbers",
+    ),
+    "biogpt": ({"attention_probs_dropout_prob": 0.1}, "so it draws random numbers"),
+}
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 256,
+    },
 }
 
 
@@ -68,6 +110,47 @@ def test_attention_that_a_tree_does_not_reproduce_is_found(model_type):
 @pytest.mark.parametrize("family", tiny_families.FAMILIES)
 def test_every_family_that_is_tested_packs(family, dtype):
     assert why_not_packed(tiny_families.tiny_model(family, dtype=dtype)) is None
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rotary_frequencies_of_the_longest_sequence_are_refused(kind):
+    """One long pair in a step would turn the positions of every rollout."""
+    model = model_of("llama", head_dim=8, rope_parameters=ROPES[kind])
+    assert f"its {kind} rotary frequencies follow the longest sequence" in why_not_packed(model)
+
+
+def test_rotary_frequencies_of_each_kind_of_layer_are_looked_at():
+    ropes = {"full_attention": ROPES["dynamic"], "sliding_attention": {"rope_type": "default"}}
+    model = tiny_families.tiny_model("llama")
+    model.config.rope_parameters = ropes
+    assert "its dynamic rotary frequencies" in why_not_packed(model)
+
+
+def test_fixed_rotary_frequencies_pack():
+    rope = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4,
+            "original_max_position_embeddings": 256}  # fmt: skip
+    assert why_not_packed(model_of("llama", head_dim=8, rope_parameters=rope)) is None
+
+
+def test_a_skipped_layer_is_a_reason_whatever_the_probe_saw():
+    model = tiny_families.tiny_model("llama")
+    model.model.layerdrop = 0.01
+    assert "model drops 1% of its values" in why_not_packed(model)
+
+
+def test_an_adapter_that_starts_at_a_token_is_refused():
+    adapter = peft.LoraConfig(r=2, alora_invocation_tokens=[20, 21], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_families.tiny_model("llama", dtype=torch.float32), adapter)
+    assert "its adapter starts at a token of each sequence" in why_not_packed(model)
+
+
+def test_what_the_probe_draws_leaves_the_generator_and_the_checkpoints_alone():
+    model = model_of("starcoder2", residual_dropout=0.1)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    before = torch.get_rng_state()
+    assert "so it draws random numbers" in why_not_packed(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
 
 
 @pytest.mark.parametrize("rate", ["attention_dropout", "resid_pdrop"])

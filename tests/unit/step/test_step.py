@@ -229,8 +229,9 @@ def test_a_channel_without_data_is_a_zero_in_the_graph_with_count_0(
     assert torch.isfinite(total_loss(sums, WEIGHTS))
 
 
-def test_a_wholly_empty_step_still_backpropagates(policy, collator):
-    total_loss(step(policy, StepBatch(), collator), WEIGHTS).backward()
+@pytest.mark.parametrize("executor", [score_separately, score_packed])
+def test_a_wholly_empty_step_still_backpropagates(policy, collator, executor):
+    total_loss(step(policy, StepBatch(), collator, executor=executor), WEIGHTS).backward()
     assert all(p.grad is None or float(p.grad.abs().sum()) == 0 for p in policy.parameters())
 
 

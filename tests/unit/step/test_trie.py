@@ -123,6 +123,13 @@ def test_parts_hold_every_sequence_once_within_the_budget(seed, budget):
         assert num_rows <= max(budget, longest)
 
 
+@pytest.mark.parametrize("budget", [1, 2, 3])
+def test_no_part_is_of_empty_sequences_alone(budget):
+    sequences = [ids(), ids(1, 2, 3), ids(), ids(1, 2, 4)]
+    parts = split_at_nodes(sequences, budget)
+    assert [sorted(part) for part in parts] == [[0, 1, 2], [3]]
+
+
 def test_a_step_within_its_budget_is_not_cut():
     sequences = random_sequences(1)
     size = PrefixTree(sequences).num_rows
