@@ -64,6 +64,19 @@ _ELSEWHERE = {
 }
 """Keys that other trainers or older versions have, and where the setting is here."""
 
+_DTYPES = ("float32", "bfloat16", "float16")
+_UNSUPPORTED: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("deepspeed", "fsdp", "fsdp_config", "parallelism_config"),
+        "and sharded weights are not supported: losses read the output head as one tensor. Leave "
+        "it out; [lora] and grpo.gradient_checkpointing need less memory.",
+    ),
+    (
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        "and a compiled model does not run the hook that captures hidden states. Leave it out.",
+    ),
+)
+
 Bound = tuple[tuple[str, ...], str, Callable[[float], bool]]
 _BOUNDS: tuple[Bound, ...] = (
     (
@@ -115,6 +128,31 @@ def section_problems(grpo: Mapping[str, JsonValue]) -> list[str]:
             problems.append(problem)
         else:
             problems += [_line(key, value, wanted) for wanted in broken_bounds(key, value)]
+    return [*problems, *unsupported(grpo)]
+
+
+def unsupported(grpo: Mapping[str, JsonValue]) -> list[str]:
+    """What no run does and what changes its memory and time: a plan refuses it too."""
+    problems = [
+        f"grpo.{key} is {shown(grpo[key])}, {why}"
+        for keys, why in _UNSUPPORTED
+        for key in keys
+        if grpo.get(key)
+    ]
+    init = grpo.get("model_init_kwargs")
+    given = init if isinstance(init, dict) else {} if init is None else {"": init}
+    problems += [
+        f"grpo.model_init_kwargs has {key!r}, and the model is loaded by this package, which "
+        "reads dtype alone. Leave it out."
+        for key in given
+        if key != "dtype"
+    ]
+    dtype = given.get("dtype", "float32")
+    if dtype not in _DTYPES:
+        problems.append(
+            f"grpo.model_init_kwargs.dtype is {shown(dtype)}; it must be 'float32', 'bfloat16' "
+            "or 'float16'. Leave it out for float32 master weights."
+        )
     return problems
 
 

@@ -14,7 +14,7 @@ from typing import cast
 from pydantic import JsonValue
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from composer_replication.config.grpo_keys import group_problem
+from composer_replication.config.grpo_keys import group_problem, unsupported
 from composer_replication.errors import (
     ConfigError,
     MissingDependencyError,
@@ -77,17 +77,7 @@ _IGNORED: tuple[_Ignored, ...] = (
         "Set grpo.use_vllm = true, or leave it out.",
         lambda grpo: not grpo["use_vllm"],
     ),
-    _Ignored(
-        ("deepspeed", "fsdp", "fsdp_config", "parallelism_config"),
-        _SHARDED,
-        "Leave it out; [lora] and grpo.gradient_checkpointing need less memory.",
-    ),
     _Ignored(("ds3_gather_for_generation",), _SHARDED, _LEAVE),
-    _Ignored(
-        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
-        "and a compiled model does not run the hook that captures hidden states",
-        _LEAVE,
-    ),
     _Ignored(
         ("trust_remote_code",),
         "and code from a model repository is never run",
@@ -222,7 +212,7 @@ def check_grpo_section(grpo: Grpo, *, device_type: str) -> None:
         ConfigError: all problems at once.
         MissingDependencyError: an option whose package is not installed.
     """
-    problems = value_problems(grpo)
+    problems = [*value_problems(grpo), *unsupported(grpo)]
     if not problems:
         problems = [*_ignored(grpo), *_unsupported(grpo, device_type)]
         cut = group_problem(grpo, int(os.environ.get("WORLD_SIZE", "1")))
@@ -282,21 +272,6 @@ def _unsupported(grpo: Grpo, device_type: str) -> list[str]:
             "grpo.use_cpu is True, and this machine's GPU would be measured and not used. "
             "Leave it out, and hide the GPU with CUDA_VISIBLE_DEVICES= to run on the CPU."
         )
-    init = grpo.get("model_init_kwargs")
-    if init is not None:
-        given = cast(dict[str, JsonValue], init) if isinstance(init, dict) else {"": init}
-        problems += [
-            f"grpo.model_init_kwargs has {key!r}, and the model is loaded by this package, which "
-            "reads dtype alone. Leave it out."
-            for key in given
-            if key != "dtype"
-        ]
-        dtype = given.get("dtype", "float32")
-        if dtype not in ("float32", "bfloat16", "float16"):
-            problems.append(
-                f"grpo.model_init_kwargs.dtype is {shown(dtype)}; it must be 'float32', 'bfloat16' "
-                "or 'float16'. Leave it out for float32 master weights."
-            )
     return problems
 
 

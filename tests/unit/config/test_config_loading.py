@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from composer_replication.cli.entry import main
 from composer_replication.config.config_keys import changed_keys, known_keys
 from composer_replication.config.loading import dump_config, load_config
 from composer_replication.config.run_config import RunConfig
@@ -16,7 +17,7 @@ EVERY_SECTION = [
     "data=/data/with = and \\ signs",
     "grpo.learning_rate=1e-5",
     "grpo.bf16=true",
-    "grpo.model_init_kwargs.attn=sdpa",
+    "grpo.model_init_kwargs.dtype=bfloat16",
     "grpo.reward_weights=[1, 2.5]",
     "sdpo={top_k = 20, tail = true, clip = 'entry', clip_value = 0.05}",
     "batch={max_context_tokens = 64, truncation = 'middle'}",
@@ -167,3 +168,30 @@ def test_changed_keys_names_differences_but_not_the_length_of_the_run():
         "lora.target_modules",
         "sdpo.beta",
     ]
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("fsdp=full_shard", "sharded weights are not supported"),
+        ("deepspeed=zero3.json", "sharded weights are not supported"),
+        ("torch_compile=true", "does not run the hook"),
+        ("model_init_kwargs={torch_dtype='bfloat16'}", "reads dtype alone"),
+        ("model_init_kwargs.dtype=auto", "must be 'float32', 'bfloat16' or 'float16'"),
+        ("model_init_kwargs.dtype=int4", "must be 'float32', 'bfloat16' or 'float16'"),
+    ],
+)
+def test_what_no_run_does_is_refused_before_it_is_planned(override, reason, capsys):
+    """A plan would price it, and the paid container refuse it."""
+    with pytest.raises(ConfigError, match=reason):
+        load_config(None, [f"grpo.{override}"])
+    assert main(["plan", "--set", "model=shape:qwen2.5-0.5b", "--set", f"grpo.{override}"]) == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["fsdp=[]", "torch_compile=false", "deepspeed=''", "model_init_kwargs.dtype=float16"],
+)
+def test_what_is_switched_off_loads(override):
+    load_config(None, [f"grpo.{override}"])
