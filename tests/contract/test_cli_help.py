@@ -241,7 +241,7 @@ options:
   --grid KEY=V1,V2     one axis; every combination of axes is run
   --point KEY=V,KEY=V  one point of a list, in place of --grid
   --seeds N            runs of each point, from the configuration's seed on; default 1
-  --parallel N         members at a time, as far as memory allows; default 1, on modal all
+  --parallel N         members at a time, as far as memory allows; default 1, on modal 10
   --set KEY=VALUE      set one key, such as sdpo.top_k=20; may be repeated
   --out DIR            run directory; default runs/<name>, numbered where that is taken
   --resume             go on in the run directory of --out, or in the latest of this name

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from composer_replication.errors import ConfigError, ModelError
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from composer_replication.config.run_config import RunConfig
     from composer_replication.experiments.sweep_grid import SweepMember
     from composer_replication.planner.candidate import Candidate
+    from composer_replication.planner.placement import Placement
     from composer_replication.planner.plan import Plan
 
 SWEEP_PLAN_SCHEMA = 1
@@ -62,6 +63,8 @@ class SweepPlan:
     num_parallel: int
     bill: SweepBill | None = None
     """None: it runs here, for nothing."""
+    placement: "Placement | None" = None
+    """Where it would end soonest, for one that runs here; None: no place is known."""
 
     @property
     def planned_s(self) -> dict[str, float]:
@@ -133,12 +136,39 @@ def plan_here(members: "list[SweepMember]", *, asked: int) -> SweepPlan:
     largest = max(found.values(), key=lambda candidate: candidate.memory.peak_gib)
     member_gib, free_gib = largest.memory.peak_gib, largest.place.capacity_gib
     slots = num_slots(asked, num_members=len(members), member_gib=member_gib, free_gib=free_gib)
-    if slots < min(asked, len(members)):
+    if not largest.fits:
+        sys.stderr.write(
+            f"note  a member is planned with {member_gib:.1f} GiB, and there are {free_gib:.1f}: "
+            "it may not fit here. `plan` says what would, and --on modal runs it elsewhere.\n"
+        )
+    elif slots < min(asked, len(members)):
         sys.stderr.write(
             f"note  {slots} at a time instead of {asked}: a member is planned with "
             f"{member_gib:.1f} GiB, and there are {free_gib:.1f}.\n"
         )
-    return SweepPlan(members, {m.name: found[plan_key(m)] for m in members}, slots)
+    config = next(m.config for m in members if found[plan_key(m)] is largest)
+    placement = _placement(config, largest, num_runs=len(members))
+    candidates = {m.name: found[plan_key(m)] for m in members}
+    return SweepPlan(members, candidates, slots, placement=placement)
+
+
+def _placement(config: "RunConfig", local: "Candidate", *, num_runs: int) -> "Placement | None":
+    """Where so many runs like this one end soonest, of here and Modal without a cap."""
+    from datetime import UTC, datetime
+
+    from composer_replication.planner.local_machine import this_machine
+    from composer_replication.planner.placement import place_runs
+    from composer_replication.planner.plan import PlanRequest, make_plan
+    from composer_replication.planner.prices import current_prices
+
+    request = PlanRequest(config=config, on="modal", verb="train")
+    today = datetime.now(UTC).date()
+    try:
+        plan = make_plan(request, this_machine(), prices=current_prices(), today=today)
+        fitting = local if local.fits else None
+        return place_runs(num_runs, fitting, plan.chosen, budget_usd=None)
+    except ConfigError:
+        return None
 
 
 def show_sweep(
@@ -187,6 +217,7 @@ def show_sweep(
         else candidate_answer(plan.bill.candidate).model_dump(mode="json"),
         "expected_usd": round(plan.expected_usd, 4),
         "worst_usd": round(plan.worst_usd, 4),
+        "placement": None if plan.placement is None else asdict(plan.placement),
     }
     return to_json_text(payload, indent=2)
 
@@ -213,6 +244,9 @@ def print_sweep(plan: SweepPlan, num_done: int, stream: TextIO) -> None:
         lines.append(f"{number:>5}   {member.name:<{width}}  {known:>8}  {dollars:>8}".rstrip())
     if plan.bill is None:
         lines.append("cost    0 USD")
+        if plan.placement is not None:
+            elsewhere = " --on modal takes it there." if plan.placement.where == "modal" else ""
+            lines.append(f"place   {plan.placement.reason}{elsewhere}")
     else:
         lines.append(f"cost    {plan.expected_usd:.2f} USD expected, {_worst(plan.bill)}")
     stream.write("\n".join(lines) + "\n")

@@ -51,6 +51,7 @@ def _sweep(options: argparse.Namespace) -> Answer:
     from composer_replication.config.loading import load_config
     from composer_replication.experiments.sweep import members_to_run
     from composer_replication.experiments.sweep_grid import sweep_members
+    from composer_replication.planner.placement import MAX_CONTAINERS
     from composer_replication.runs.run_folders import latest_folder
 
     base = load_config(options.config, options.set)
@@ -67,7 +68,8 @@ def _sweep(options: argparse.Namespace) -> Answer:
         options.out = latest_folder(RUNS_FOLDER, base.name)
     folder, function = options.out or RUNS_FOLDER / base.name, None
     waiting = members_to_run(members, folder) if options.resume else members
-    asked = whole_number("--parallel", options.parallel, default=len(members) if is_remote else 1)
+    at_once = min(len(members), MAX_CONTAINERS) if is_remote else 1
+    asked = whole_number("--parallel", options.parallel, default=at_once)
     plan = SweepPlan([], {}, 1)
     if waiting:
         plan = (
@@ -129,7 +131,9 @@ SWEEP = Verb(
         Option("--point", "KEY=V,KEY=V", "one point of a list, in place of --grid", "repeated"),
         Option("--seeds", "N", "runs of each point, from the configuration's seed on; default 1"),
         Option(
-            "--parallel", "N", "members at a time, as far as memory allows; default 1, on modal all"
+            "--parallel",
+            "N",
+            "members at a time, as far as memory allows; default 1, on modal 10",
         ),
         SET,
         OUT,

@@ -62,8 +62,12 @@ def place_runs(
                 f"The worst case of {num_runs} remote runs is {worst:.2f} USD, over the cap of "
                 f"{budget_usd:g} USD, and there is no local card. Raise --budget, or run fewer."
             )
+        assert remote is not None
         assert remote_s is not None
-        reason = f"There is no local card that fits; remote they end in {duration(remote_s)}."
+        reason = (
+            f"None fits here; {num_runs} containers of {remote.place.label} end in "
+            f"{duration(remote_s)} for {usd:.2f} USD."
+        )
         return Placement("modal", remote_s, usd, worst, reason)
     if not is_allowed or remote is None or remote_s is None:
         why = "is over the cap" if remote is not None else "is not asked for"

@@ -149,7 +149,7 @@ def test_a_dry_run_shows_the_members_in_their_order_and_runs_nothing(workplace, 
     shown = capsys.readouterr().out
     assert shown.startswith("sweep   3 members, 2 at a time here, about ")
     assert [line.split()[1].split("-")[1] for line in shown.splitlines()[1:4]] == ["60", "40", "2"]
-    assert shown.endswith("cost    0 USD\n")
+    assert "\ncost    0 USD\nplace   The local cpu ends in " in shown
     assert main([*steps, "--dry-run", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert [row["point"]["grpo.max_steps"] for row in answer["members"]] == ["60", "40", "2"]
@@ -157,7 +157,22 @@ def test_a_dry_run_shows_the_members_in_their_order_and_runs_nothing(workplace, 
     assert longest > middle > short > 0
     assert answer["wall_s"] == pytest.approx(max(longest, middle + short), abs=0.05)
     assert (answer["function"], answer["plan"], answer["worst_usd"]) == (None, None, 0)
+    assert (answer["placement"]["where"], answer["placement"]["usd"]) == ("local", 0)
     assert not (workplace / "runs").exists()
+
+
+def test_a_dry_run_says_where_the_sweep_would_end_sooner(workplace, capsys):
+    large = ["--set", "model=shape:qwen2.5-1.5b", "--set", "grpo.max_steps=200", "--seeds", "3"]
+    assert main(["sweep", "base.toml", *large, "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "place   None fits here; 3 containers of " in shown.out
+    assert shown.out.endswith("USD. --on modal takes it there.\n")
+    assert "note  a member is planned with " in shown.err
+    assert "it may not fit here" in shown.err
+    assert main(["sweep", "base.toml", *large, "--dry-run", "--json"]) == 0
+    placement = json.loads(capsys.readouterr().out)["placement"]
+    assert placement["where"] == "modal"
+    assert placement["worst_usd"] > placement["usd"] > 0
 
 
 def test_a_dry_run_on_modal_prices_the_whole_sweep_without_credentials(
