@@ -196,7 +196,13 @@ def _tiles(
 
 
 class _LogProbs:
-    """Log-probabilities and entropies of `ScoredTokens`, tile by tile."""
+    """Log-probabilities and entropies of `ScoredTokens`, tile by tile.
+
+    Tokens may share a hidden row, and a softmax is a row's. So there are two lists, cut into the
+    same tiles: *entries* are the tokens in the caller's order, *rows* the distinct hidden rows
+    behind them, ascending. `of(tile)` is a tile's part of such a list; `local(tile)` says where its
+    rows are in the tile of logits; a *position* is a place among the tile's own distinct rows.
+    """
 
     def __init__(self, tokens: ScoredTokens, edges: list[int], like: Tensor) -> None:
         inverse = tokens.rows.unique(return_inverse=True)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

@@ -108,6 +108,8 @@ class RectangleAttention(torch.autograd.Function):
         output = query.new_empty(num_rows, num_kv, num_groups, value.shape[-1], dtype=dtype)
         merged = output.permute(1, 2, 0, 3)
         lse = query.new_full((num_kv, num_groups, num_rows), float("-inf"), dtype=dtype)
+        # `rectangles_of` gives each row its own position first, in order of rows: that rectangle
+        # fills in the row's result, and every later one of the row is merged into it.
         num_covered = 0
         for part in rectangles:
             inputs = _inputs(part, query, key, value, positions)
