@@ -19,6 +19,7 @@ from typing import cast
 from composer_replication.errors import LaunchError
 from composer_replication.launch.job import VOLUME_FOLDER, Job, command_line, write_files
 from composer_replication.launch.processes import run_process
+from composer_replication.planner.cost import working_s
 from composer_replication.runs.atomic_files import (
     NO_ROOM,
     write_bytes_atomically,
@@ -128,7 +129,7 @@ def run_attempt(
             environment={"PYTHONPATH": _source_path(workspace)},
             folder=Path(workspace),
             # The platform's own time-out would leave no time for a summary and a commit.
-            deadline_s=end_s - min(2 * GRACE_S, 0.1 * (end_s - started_s)),
+            deadline_s=started_s + working_s(end_s - started_s),
             tick=watch.tick,
             grace_s=GRACE_S,
         )

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 from composer_replication.config.execution_sections import MAX_MODAL_MEMORY_GIB, ModalConfig
 from composer_replication.planner.calibration import calibrated
-from composer_replication.planner.cost import SMOKE_TIMEOUT_S, Cost, estimate, timeout_s
+from composer_replication.planner.cost import (
+    SMOKE_TIMEOUT_S,
+    Cost,
+    estimate,
+    timeout_s,
+    working_s,
+)
 from composer_replication.planner.hardware import Gpu
 from composer_replication.planner.layer_memory import BF16
 from composer_replication.planner.memory import predict
@@ -125,18 +131,22 @@ class Candidate:
 
     @property
     def call_s(self) -> float:
-        """The most that one call may take: every attempt at its time-out; a local one has none."""
-        return math.inf if self.place.where == "local" else self.num_attempts * self.timeout_s
+        """The most that one call is expected to take: a time-out; a local run has none.
+
+        Retries add nothing to it: they follow an attempt that died, and one that reached its
+        time-out has ended.
+        """
+        return math.inf if self.place.where == "local" else self.timeout_s
 
     @property
     def call_usd(self) -> float:
-        """Expected dollars of one call; one that ends before the run does costs its worst."""
-        return min(self.expected_usd, self.worst_usd)
+        """Expected dollars of the first call, which may end before the run does."""
+        return min(self.expected_usd, self.worst_usd / self.num_attempts)
 
     @property
     def ends_in_one_call(self) -> bool:
-        """Whether the expected run is done within its attempts."""
-        return self.wall_s <= self.call_s
+        """Whether the expected run is done before its first attempt is asked to end."""
+        return self.place.where == "local" or self.wall_s <= working_s(self.timeout_s)
 
 
 def make_candidate(

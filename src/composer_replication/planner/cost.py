@@ -21,6 +21,9 @@ SMOKE_BUDGET_USD = 5.0
 MAX_TIMEOUT_S = 24 * 3600.0
 """Modal ends a call after a day; a longer run resumes in another."""
 
+ENDING_S = 30.0
+"""Most that an attempt leaves of its time-out for its summary and the last commit."""
+
 _HOUR_S = 3600.0
 _MONTH_DAYS = 30.0
 _BROAD_REGIONS = ("us", "eu", "ap", "uk", "ca", "me", "sa", "af", "jp")
@@ -140,6 +143,11 @@ def volume_usd(stored_gib: float, days: float, prices: PriceTable | None = None)
 def timeout_s(high_wall_s: float) -> float:
     """When a run that takes far longer than planned is ended: twice the high estimate."""
     return min(float(math.ceil(TIMEOUT_FACTOR * high_wall_s)), MAX_TIMEOUT_S)
+
+
+def working_s(limit_s: float) -> float:
+    """After how many seconds an attempt with that time-out is asked to end."""
+    return limit_s - min(ENDING_S, 0.1 * limit_s)
 
 
 def affordable_s(budget_usd: float, usd_per_hour: float, *, retries: int = 0) -> float:

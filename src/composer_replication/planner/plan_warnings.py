@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import date
 
 from composer_replication.planner.candidate import Candidate
-from composer_replication.planner.cost import MAX_TIMEOUT_S, volume_usd
+from composer_replication.planner.cost import MAX_TIMEOUT_S, volume_usd, working_s
 from composer_replication.planner.duration_text import duration
 from composer_replication.planner.layer_memory import BF16
 from composer_replication.planner.local_machine import LocalMachine
@@ -58,22 +58,16 @@ def plan_warnings(
 
 
 def _time_out(chosen: Candidate) -> list[str]:
-    """What a run that does not end in one attempt, or in one call, needs."""
-    if chosen.place.where == "local" or chosen.wall_s <= chosen.timeout_s:
-        return []
-    wall, limit = duration(chosen.wall_s), duration(chosen.timeout_s)
+    """What a run that does not end within its time-out needs."""
     if chosen.ends_in_one_call:
-        return [
-            f"The run takes about {wall} and an attempt ends after {limit}: it needs more than one "
-            f"of its {chosen.num_attempts} attempts."
-        ]
-    more = math.ceil(chosen.wall_s / chosen.call_s) - 1
+        return []
+    more = math.ceil(chosen.wall_s / working_s(chosen.timeout_s)) - 1
     calls = f"{more} call{'s' * (more != 1)} of `runs resume`"
     text = (
-        f"The run takes about {wall} and this call ends unfinished after {duration(chosen.call_s)} "
-        f"({chosen.num_attempts} attempt{'s' * (chosen.num_attempts != 1)} of {limit}). To its end "
-        f"it needs {calls} more and {chosen.expected_usd:.2f} USD in all; the worst case of "
-        f"{chosen.worst_usd:.2f} USD is that of one call."
+        f"The run takes about {duration(chosen.wall_s)} and this call ends unfinished at its "
+        f"time-out of {duration(chosen.call_s)}. To its end it needs {calls} more and "
+        f"{chosen.expected_usd:.2f} USD in all; the worst case of {chosen.worst_usd:.2f} USD is "
+        "that of one call."
     )
     if chosen.timeout_s < MAX_TIMEOUT_S:
         text += f" Or raise modal.timeout_s, which is at most {MAX_TIMEOUT_S:.0f}."

@@ -71,9 +71,31 @@ def test_a_run_over_its_timeout_is_priced_to_its_end(planned, machine):
     assert plan.chosen.expected_usd == pytest.approx(free.expected_usd)
     assert plan.chosen.worst_usd < plan.chosen.expected_usd
     (warning,) = [text for text in plan.warnings if "ends unfinished" in text]
-    assert "2 attempts of 10 min" in warning
+    assert "ends unfinished at its time-out of 10 min. " in warning
     assert f"the worst case of {plan.chosen.worst_usd:.2f} USD is that of one call" in warning
     assert "raise modal.timeout_s" in warning
+
+
+def test_retries_are_no_time_to_compute_in(planned, machine):
+    """An attempt that reaches its time-out has ended: the platform retries what died."""
+    overrides = [*HALF_B, "grpo.max_steps=300000", "modal.retries=5"]
+    plan = planned(load_config(None, overrides), machine(), on="modal", gpu=parse_gpu("L4"))
+    assert 86_400 < plan.chosen.wall_s < 6 * 86_400
+    assert not plan.chosen.ends_in_one_call
+    assert plan.chosen.call_usd == pytest.approx(24 * plan.chosen.usd_per_hour)
+    assert plan.chosen.worst_usd == pytest.approx(6 * plan.chosen.call_usd)
+    assert any("ends unfinished at its time-out of 24.0 h" in text for text in plan.warnings)
+
+
+def test_a_run_that_ends_in_the_seconds_kept_for_its_summary_is_cut(planned, machine):
+    """An attempt is asked to end before its time-out, so that its last commit has time."""
+    config = load_config(None, LORA_7B)
+    card = parse_gpu("L40S")
+    wall_s = planned(config, machine(), on="modal", gpu=card).chosen.wall_s
+    for seconds, ends in ((wall_s + 29, False), (wall_s + 31, True)):
+        limited = load_config(None, [*LORA_7B, f"modal.timeout_s={seconds}"])
+        chosen = planned(limited, machine(), on="modal", gpu=card).chosen
+        assert chosen.ends_in_one_call is ends
 
 
 def test_a_run_of_days_says_how_many_calls_it_needs(planned, machine):
@@ -90,7 +112,7 @@ def test_a_run_of_days_says_how_many_calls_it_needs(planned, machine):
 def test_what_ends_within_its_timeout_is_taken_before_what_is_cheaper(planned, machine):
     config = load_config(None, LORA_7B)
     cheapest = planned(config, machine(), on="modal").chosen
-    capped = load_config(None, [*LORA_7B, f"modal.timeout_s={0.45 * cheapest.wall_s:.0f}"])
+    capped = load_config(None, [*LORA_7B, f"modal.timeout_s={0.95 * cheapest.wall_s:.0f}"])
     plan = planned(capped, machine(), on="modal")
     assert not one(plan, cheapest.place.label).ends_in_one_call
     assert plan.chosen.ends_in_one_call
