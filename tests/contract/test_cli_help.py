@@ -143,7 +143,7 @@ examples:
   composer-replication plan configs/train_qwen2.5_7b.toml --on modal --gpu H100 --budget 150
   composer-replication plan configs/smoke_qwen2.5_0.5b.toml --gpu L4 --solve max_length
 
-exit codes: 0 there is a place, 1 nothing fits, 2 your input, or everything is over the cap
+exit codes: 0 there is a place, 1 nothing fits or would end, 2 your input, or all is over the cap
 """
 
 REPORT_HELP = """\

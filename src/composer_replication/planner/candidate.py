@@ -11,13 +11,18 @@ from composer_replication.planner.cost import (
     Cost,
     estimate,
     timeout_s,
-    working_s,
 )
 from composer_replication.planner.hardware import Gpu
 from composer_replication.planner.layer_memory import BF16
 from composer_replication.planner.memory import predict
 from composer_replication.planner.model_shape import model_shape
 from composer_replication.planner.prices import PriceTable
+from composer_replication.planner.resumed_calls import (
+    Calls,
+    Stretch,
+    calls_to_end,
+    stretch_of,
+)
 from composer_replication.planner.run_memory import (
     Predictor,
     RunMemory,
@@ -34,7 +39,7 @@ from composer_replication.planner.throughput import (
     step_range,
     step_terms,
 )
-from composer_replication.planner.wall_clock import WallClock, Where, wall_clock
+from composer_replication.planner.wall_clock import WallClock, Where, num_steps, wall_clock
 from composer_replication.units import gib
 
 _MODAL_MEMORY_GIB = 16.0
@@ -86,6 +91,10 @@ class Candidate:
     bare_step_s: float
     """Expected seconds of a step before calibration."""
     clock: WallClock
+    """Of the whole run in one call, however long."""
+    stretch: Stretch
+    calls: Calls
+    """That it needs within its time-out."""
     expected_usd: float
     worst_usd: float
     usd_per_hour: float
@@ -103,7 +112,14 @@ class Candidate:
 
     @property
     def obstacle(self) -> str | None:
-        """Why a run that fits cannot go there, in two words; None: it can."""
+        """Why a run cannot go there, its memory aside, in two words; None: it can."""
+        if self.device_obstacle is None and self.fits and self.calls.num_calls is None:
+            return "time-out"
+        return self.device_obstacle
+
+    @property
+    def device_obstacle(self) -> str | None:
+        """What is the same however long the run may take."""
         engine = self.shape.vllm
         if engine is not None and (self.place.gpu is None or self.place.where == "modal"):
             return "no vLLM"
@@ -126,8 +142,8 @@ class Candidate:
 
     @property
     def wall_s(self) -> float:
-        """Expected seconds from the command to the end of the whole run."""
-        return self.clock.total_s.expected
+        """Expected seconds of all calls, from the command to the end of the whole run."""
+        return self.calls.total_s
 
     @property
     def call_s(self) -> float:
@@ -146,7 +162,7 @@ class Candidate:
     @property
     def ends_in_one_call(self) -> bool:
         """Whether the expected run is done before its first attempt is asked to end."""
-        return self.place.where == "local" or self.wall_s <= working_s(self.timeout_s)
+        return self.calls.num_calls == 1
 
 
 def make_candidate(
@@ -197,6 +213,13 @@ def make_candidate(
         measured_s=measured_s or {},
     )
     limit_s = modal.timeout_s or _timeout(shape, clock)
+    is_remote = place.where == "modal"
+    stretch = stretch_of(shape, clock, num_steps(shape, step_s))
+    calls = calls_to_end(
+        stretch,
+        total_s=clock.total_s.expected,
+        limit_s=limit_s if is_remote else math.inf,
+    )
     memory_gib = modal.memory_gib or _memory_request_gib(weights * num_gpus)
 
     def bill(seconds: float) -> Cost:
@@ -211,7 +234,6 @@ def make_candidate(
             prices=prices,
         )
 
-    is_remote = place.where == "modal"
     return Candidate(
         place=place,
         shape=shape,
@@ -222,7 +244,9 @@ def make_candidate(
         step_s=step_s,
         bare_step_s=bare.expected,
         clock=clock,
-        expected_usd=bill(clock.total_s.expected).usd if is_remote else 0.0,
+        stretch=stretch,
+        calls=calls,
+        expected_usd=bill(calls.total_s).usd if is_remote else 0.0,
         worst_usd=bill(limit_s).worst_usd if is_remote else 0.0,
         usd_per_hour=bill(0.0).usd_per_hour if is_remote else 0.0,
         timeout_s=limit_s,

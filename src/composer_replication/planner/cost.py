@@ -150,6 +150,11 @@ def working_s(limit_s: float) -> float:
     return limit_s - min(ENDING_S, 0.1 * limit_s)
 
 
+def timeout_for_s(work_s: float) -> int:
+    """The shortest time-out, in whole seconds, in which so much is done: see `working_s`."""
+    return math.ceil(work_s + min(ENDING_S, work_s / 9))
+
+
 def affordable_s(budget_usd: float, usd_per_hour: float, *, retries: int = 0) -> float:
     """The longest time-out whose worst case, every retry included, stays within the cap."""
     if usd_per_hour == 0:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from composer_replication.errors import BudgetError
 from composer_replication.planner.candidate import Candidate
-from composer_replication.planner.cost import check_cap
+from composer_replication.planner.cost import MAX_TIMEOUT_S, check_cap, timeout_for_s
 from composer_replication.planner.duration_text import duration
 
 EXIT_DONE, EXIT_NOTHING_FITS, EXIT_OVER_CAP = 0, 1, 2
@@ -38,7 +38,7 @@ def decide(candidates: Sequence[Candidate], *, budget_usd: float | None, retries
         assert remote is not None, "something is allowed"
         return Decision(remote, _why_remote(remote, candidates, budget_usd), EXIT_DONE)
     if remote is None:
-        return Decision(local, _why_alone(local), EXIT_DONE)
+        return Decision(local, _why_alone(local, candidates), EXIT_DONE)
     if remote.ends_in_one_call and local.wall_s - remote.wall_s > remote.clock.setup_s:
         text = (
             f"{remote.place.label} on Modal ends in {duration(remote.wall_s)}, its set-up of "
@@ -76,11 +76,13 @@ def _is_local(candidate: Candidate) -> bool:
     return candidate.place.where == "local"
 
 
-def _why_alone(chosen: Candidate) -> str:
-    return (
+def _why_alone(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
+    text = (
         f"{chosen.place.label} is what there is, and {_memory(chosen)} are enough; the most is in "
         f"the {chosen.memory.phase_words}."
     )
+    endless = _endless(candidates)
+    return text if endless is None else f"{text} {_never_ends(endless)}"
 
 
 def _why_remote(
@@ -96,6 +98,7 @@ def _why_remote(
     over = [c for c in cheaper if c.is_launchable and _is_over(c, budget_usd)]
     late = [c for c in cheaper if c.is_launchable and not _is_over(c, budget_usd)]
     without_bf16 = [c for c in cheaper if c.obstacle == "no bf16"]
+    endless = _endless(cheaper)
     if too_small:
         dearest = max(too_small, key=lambda c: c.expected_usd)
         text += f"; memory binds: {dearest.place.label} would take {dearest.expected_usd:.2f} USD "
@@ -106,6 +109,8 @@ def _why_remote(
         text += f"{least.expected_usd:.2f} USD, {least.worst_usd:.2f} at worst"
     if late:
         text += f"; the time-out binds: {late[0].place.label} would cost less and not end within it"
+    elif endless is not None:
+        text += f"; the time-out binds: no call on {endless.place.label} reaches a checkpoint"
     if without_bf16:
         text += f"; {without_bf16[0].place.label} would cost less and has no bf16"
     return text + "."
@@ -115,6 +120,8 @@ def _hindrance(candidate: Candidate) -> str:
     """What keeps a run from a place, as the end of a sentence."""
     if candidate.obstacle in ("no bf16", "no vLLM"):
         return f"has {candidate.obstacle}"
+    if candidate.obstacle == "time-out":
+        return "reaches no checkpoint within its time-out"
     if candidate.obstacle == "vLLM share":
         return f"leaves vLLM less than the {candidate.vllm_gib:.1f} GiB that it needs"
     if candidate.is_sharded:
@@ -122,7 +129,36 @@ def _hindrance(candidate: Candidate) -> str:
     return f"misses by {_miss(candidate):.1f} GiB"
 
 
+def _endless(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The cheapest of those that only their time-out forbids."""
+    endless = (c for c in candidates if c.obstacle == "time-out")
+    return min(endless, key=lambda c: c.expected_usd, default=None)
+
+
+def _never_ends(candidate: Candidate) -> str:
+    """Why a call of a run there keeps nothing, and what to set."""
+    stretch, limit_s = candidate.stretch, candidate.timeout_s
+    is_whole = stretch.steps_a_checkpoint >= stretch.num_steps
+    unit = "model" if candidate.shape.verb == "evaluate" else "step"
+    kept = "its end" if is_whole else f"{unit} {stretch.steps_a_checkpoint}"
+    whole_s, least_s = timeout_for_s(candidate.wall_s), timeout_for_s(stretch.first_kept_s)
+    ways = [f"modal.timeout_s = {s}" for s in (whole_s, least_s) if s <= MAX_TIMEOUT_S][:1]
+    num_steps = stretch.steps_within(limit_s)
+    if num_steps > 0 and candidate.shape.verb == "train":
+        ways.append(f"grpo.save_steps = {num_steps}")
+    return (
+        f"{candidate.place.label}: a call of {duration(limit_s)} ends before it has kept anything "
+        "and the next begins anew, so the run would never end. Its set-up takes "
+        f"{duration(stretch.setup_s)}, and it is first kept at {kept}, after "
+        f"{duration(stretch.first_kept_s)}. "
+        + (f"Set {' or '.join(ways)}." if ways else "Take a faster card, or make the run shorter.")
+    )
+
+
 def _nothing_fits(candidates: Sequence[Candidate]) -> str:
+    endless = _endless(candidates)
+    if endless is not None:
+        return _never_ends(endless)
     sharded = [c for c in candidates if c.is_sharded and c.fits]
     on_one = [c for c in candidates if _is_too_small(c)]
     text = ""

@@ -96,6 +96,7 @@ def evaluation_shape(
         num_micro_batches=math.ceil(size.num_episodes / num_rows),
         num_steps=size.num_models,
         steps_budget_s=None,
+        steps_a_checkpoint=1,
         verb="evaluate",
         typical_share=1.0,
         tree_share=1.0,

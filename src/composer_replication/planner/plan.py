@@ -118,7 +118,7 @@ class Planner:
         if not found:
             raise ConfigError(next(iter(self.cut_groups.values())))
         is_one_card = self.request.gpu is not None or self.request.evaluation is not None
-        if is_one_card or any(candidate.is_launchable for candidate in found):
+        if is_one_card or any(c.fits and c.device_obstacle is None for c in found):
             return found
         for place in [candidate.place for candidate in found if candidate.obstacle is None]:
             several = (
@@ -262,7 +262,8 @@ def make_plan(
     cheaper = next_cheaper(candidates, decision.chosen)
     is_over_cap = decision.exit_code == EXIT_OVER_CAP
     change = None if cheaper is None or is_over_cap else planner.fitting_change(cheaper)
-    if decision.chosen is None and not is_over_cap:
+    is_endless = any(c.obstacle == "time-out" for c in candidates)
+    if decision.chosen is None and not is_over_cap and not is_endless:
         largest = max(candidates, key=lambda c: c.place.capacity_gib)
         ways = (change or planner.fitting_change(largest), planner.other_card())
         change = " ".join(way for way in ways if way is not None) or None

@@ -27,8 +27,8 @@ class CandidateAnswer(_Answer):
     fits: bool
     """Whether `peak_gib` is at most `capacity_gib`."""
     obstacle: str | None = Field(default=None, exclude_if=lambda value: value is None)
-    """`FSDP only`, `no bf16`, `no vLLM` or `vLLM share`: cannot be run there, whether it fits or
-    not; else left out."""
+    """`FSDP only`, `no bf16`, `no vLLM`, `vLLM share` or `time-out` (no call of it reaches a
+    checkpoint): cannot be run there, whether it fits or not; else left out."""
     peak_gib: float
     """The most on one card, the device's own share included."""
     capacity_gib: float
@@ -41,9 +41,10 @@ class CandidateAnswer(_Answer):
     step_terms_s: dict[str, float]
     """Expected seconds of rollout, teacher, train and other."""
     wall_s: float
-    """Expected seconds from the command to its end."""
+    """Expected seconds from the command to its end, in all calls that its time-out makes it need;
+    where that forbids it, without a time-out."""
     expected_usd: float
-    """0 for a local run."""
+    """Of `wall_s`; 0 for a local run."""
     worst_usd: float
     """Every attempt at its time-out: what one call may cost. Less than `expected_usd` where that
     call ends before the run does."""

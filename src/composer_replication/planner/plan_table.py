@@ -137,7 +137,10 @@ def _dollars(candidate: Candidate) -> str:
     expected = f"{candidate.expected_usd:.2f} USD expected"
     if candidate.ends_in_one_call:
         return f"{expected}, {candidate.worst_usd:.2f} at worst"
-    return f"{expected} to its end, at worst {candidate.worst_usd:.2f} for this call, which ends it"
+    return (
+        f"{expected} to its end, at worst {candidate.worst_usd:.2f} for this call, the first of "
+        f"{candidate.calls.num_calls}"
+    )
 
 
 def _next_command(chosen: Candidate, config_path: Path | None, options: NextOptions) -> str:

@@ -1,11 +1,10 @@
 """What a reader of a plan has to know beside its figures, a sentence each."""
 
-import math
 from collections.abc import Sequence
 from datetime import date
 
 from composer_replication.planner.candidate import Candidate
-from composer_replication.planner.cost import MAX_TIMEOUT_S, volume_usd, working_s
+from composer_replication.planner.cost import MAX_TIMEOUT_S, volume_usd
 from composer_replication.planner.duration_text import duration
 from composer_replication.planner.layer_memory import BF16
 from composer_replication.planner.local_machine import LocalMachine
@@ -61,13 +60,15 @@ def _time_out(chosen: Candidate) -> list[str]:
     """What a run that does not end within its time-out needs."""
     if chosen.ends_in_one_call:
         return []
-    more = math.ceil(chosen.wall_s / working_s(chosen.timeout_s)) - 1
+    assert chosen.calls.num_calls is not None, "what never ends is not chosen"
+    more = chosen.calls.num_calls - 1
     calls = f"{more} call{'s' * (more != 1)} of `runs resume`"
     text = (
-        f"The run takes about {duration(chosen.wall_s)} and this call ends unfinished at its "
-        f"time-out of {duration(chosen.call_s)}. To its end it needs {calls} more and "
-        f"{chosen.expected_usd:.2f} USD in all; the worst case of {chosen.worst_usd:.2f} USD is "
-        "that of one call."
+        f"The run takes about {duration(chosen.clock.total_s.expected)} and this call ends "
+        f"unfinished at its time-out of {duration(chosen.call_s)}. To its end it needs {calls} "
+        f"more, {duration(chosen.wall_s)} and {chosen.expected_usd:.2f} USD in all: each starts "
+        "again and goes on from the newest checkpoint. The worst case of "
+        f"{chosen.worst_usd:.2f} USD is that of one call."
     )
     if chosen.timeout_s < MAX_TIMEOUT_S:
         text += f" Or raise modal.timeout_s, which is at most {MAX_TIMEOUT_S:.0f}."

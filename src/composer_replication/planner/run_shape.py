@@ -29,6 +29,7 @@ SMOKE_STEPS = 50
 RunVerb = Literal["smoke", "train", "evaluate"]
 
 _TRL_EPOCHS = 3.0
+_TRL_SAVE_STEPS = 500
 
 _OPTIMIZERS: dict[str, OptimizerName] = {
     "adamw_torch_fused": "adamw_torch_fused",
@@ -54,6 +55,8 @@ class RunShape:
     num_steps: int
     steps_budget_s: float | None
     """A smoke on a CPU that names no number of steps takes as many as fit this; None: all."""
+    steps_a_checkpoint: int
+    """Steps between two of its checkpoints; all of them where its end alone is kept."""
     verb: RunVerb
     typical_share: float
     """Tokens of a typical row over those of the largest."""
@@ -128,6 +131,7 @@ def run_shape(
         num_micro_batches=micro_batches,
         num_steps=num_steps,
         steps_budget_s=config.smoke.time_budget_s if takes_what_fits else None,
+        steps_a_checkpoint=_steps_a_checkpoint(config, data, num_steps, verb, num_processes),
         verb=verb,
         typical_share=_typical_share(config, case, data),
         tree_share=data.tree_share,
@@ -279,8 +283,28 @@ def _num_steps(config: RunConfig, data: DataShape, verb: RunVerb, num_processes:
     if isinstance(steps, int) and steps > 0:
         return steps
     epochs = cast(float, config.grpo.get("num_train_epochs", _TRL_EPOCHS))
+    return max(1, math.ceil(epochs * _epoch_steps(config, data, num_processes)))
+
+
+def _epoch_steps(config: RunConfig, data: DataShape, num_processes: int) -> float:
     rows = grpo_count(config.grpo, "per_device_train_batch_size")
     rows_a_step = rows * grpo_count(config.grpo, "gradient_accumulation_steps") * num_processes
     group = grpo_count(config.grpo, "num_generations")
     all_rows = data.num_prompts * group * grpo_count(config.grpo, "num_iterations")
-    return max(1, math.ceil(epochs * all_rows / rows_a_step))
+    return all_rows / rows_a_step
+
+
+def _steps_a_checkpoint(
+    config: RunConfig, data: DataShape, num_steps: int, verb: RunVerb, num_processes: int
+) -> int:
+    """As TRL reads `grpo.save_strategy` and `grpo.save_steps`; a smoke starts anew."""
+    strategy = config.grpo.get("save_strategy", "steps")
+    every = cast(float, config.grpo.get("save_steps", _TRL_SAVE_STEPS))
+    if verb == "smoke" or strategy not in ("steps", "epoch"):
+        return num_steps
+    if strategy == "epoch":
+        every = _epoch_steps(config, data, num_processes)
+    elif every < 1:
+        # A share of the run.
+        every *= num_steps
+    return min(max(1, math.ceil(every)), num_steps)

@@ -42,7 +42,7 @@ class Solved:
         """One line for a reader."""
         place = self.candidate.place
         of = f"of {place.capacity_gib:.2f} GiB"
-        obstacle = None if self.candidate.is_sharded else self.candidate.obstacle
+        obstacle = None if self.candidate.is_sharded else self.candidate.device_obstacle
         if obstacle is not None:
             return f"{place.label}: {obstacle}, whatever {self.key} is"
         if self.value is None:
@@ -167,7 +167,10 @@ def _with_rows_of(shape: RunShape, num_tokens: int) -> RunShape:
 def _value_fits(planner: Planner, key: str, place: Place) -> Callable[[int], bool]:
     def fits(value: int) -> bool:
         config = _with_value(planner.request.config, key, value)
-        return config is not None and planner.candidate(place, config, predict).is_launchable
+        if config is None:
+            return False
+        candidate = planner.candidate(place, config, predict)
+        return candidate.fits and candidate.device_obstacle is None
 
     return fits
 

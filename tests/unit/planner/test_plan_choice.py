@@ -1,6 +1,7 @@
 """What may be chosen: what `train` can run there, whole and to its end."""
 
 import json
+import re
 
 import pytest
 
@@ -63,16 +64,20 @@ def test_several_cards_that_each_hold_the_step_are_launchable_with_their_buckets
 
 
 def test_a_run_over_its_timeout_is_priced_to_its_end(planned, machine):
-    config = load_config(None, [*LORA_7B, "modal.timeout_s=600"])
+    config = load_config(None, [*LORA_7B, "modal.timeout_s=600", "grpo.save_steps=10"])
     card = parse_gpu("L40S")
     free = planned(load_config(None, LORA_7B), machine(), on="modal", gpu=card).chosen
     plan = planned(config, machine(), on="modal", gpu=card)
-    assert plan.chosen.wall_s > 1200
-    assert plan.chosen.expected_usd == pytest.approx(free.expected_usd)
+    # Two calls to their time-out and the rest, each of which starts and loads again.
+    rest_s = plan.chosen.wall_s - 2 * 600
+    assert plan.chosen.stretch.again_s < rest_s < 600
+    per_s = free.expected_usd / free.wall_s
+    assert plan.chosen.expected_usd == pytest.approx(plan.chosen.wall_s * per_s)
+    assert plan.chosen.expected_usd > free.expected_usd + 2 * plan.chosen.stretch.again_s * per_s
     assert plan.chosen.worst_usd < plan.chosen.expected_usd
     (warning,) = [text for text in plan.warnings if "ends unfinished" in text]
     assert "ends unfinished at its time-out of 10 min. " in warning
-    assert f"the worst case of {plan.chosen.worst_usd:.2f} USD is that of one call" in warning
+    assert f"The worst case of {plan.chosen.worst_usd:.2f} USD is that of one call" in warning
     assert "raise modal.timeout_s" in warning
 
 
@@ -93,9 +98,70 @@ def test_a_run_that_ends_in_the_seconds_kept_for_its_summary_is_cut(planned, mac
     card = parse_gpu("L40S")
     wall_s = planned(config, machine(), on="modal", gpu=card).chosen.wall_s
     for seconds, ends in ((wall_s + 29, False), (wall_s + 31, True)):
-        limited = load_config(None, [*LORA_7B, f"modal.timeout_s={seconds}"])
+        limits = [f"modal.timeout_s={seconds}", "grpo.save_steps=10"]
+        limited = load_config(None, [*LORA_7B, *limits])
         chosen = planned(limited, machine(), on="modal", gpu=card).chosen
         assert chosen.ends_in_one_call is ends
+
+
+ENDLESS = [*HALF_B, "modal.timeout_s=60"]
+
+
+def test_a_place_that_reaches_no_checkpoint_within_its_timeout_is_not_chosen(planned, machine):
+    """What a call has not saved when its time-out comes is lost, and the next begins anew."""
+    plan = planned(load_config(None, ENDLESS), machine(), on="modal", gpu=parse_gpu("L4"))
+    (row,) = plan.candidates
+    assert (row.fits, row.obstacle, plan.chosen, plan.exit_code) == (True, "time-out", None, 1)
+    assert plan.cheaper_fit is None
+    assert plan.decision.reason.startswith("L4: a call of 60 s ends before it has kept anything")
+    said = re.search(r"Set (modal.timeout_s) = (\d+)\.", plan.decision.reason)
+    long_enough = load_config(None, [*HALF_B, f"modal.timeout_s={said[2]}"])
+    enough = planned(long_enough, machine(), on="modal", gpu=parse_gpu("L4"))
+    assert enough.chosen.ends_in_one_call
+    too_short = load_config(None, [*HALF_B, f"modal.timeout_s={int(said[2]) - 2}"])
+    assert planned(too_short, machine(), on="modal", gpu=parse_gpu("L4")).chosen is None
+
+
+def test_more_checkpoints_are_the_other_way_to_an_end(planned, machine):
+    overrides = [*LORA_7B, "modal.timeout_s=600"]
+    card = parse_gpu("L40S")
+    plan = planned(load_config(None, overrides), machine(), on="modal", gpu=card)
+    said = re.search(r" or grpo.save_steps = (\d+)\.", plan.decision.reason)
+    most = int(said[1])
+    for every, is_taken in ((most, True), (most + 1, False)):
+        saving = load_config(None, [*overrides, f"grpo.save_steps={every}"])
+        chosen = planned(saving, machine(), on="modal", gpu=card).chosen
+        assert (chosen is not None) is is_taken
+
+
+def test_a_smoke_over_its_timeout_is_never_resumed(planned, machine):
+    config = load_config(None, ["model=shape:qwen2.5-0.5b", "modal.timeout_s=100",
+                                "smoke.fixed_shapes=[8, 512]", "grpo.save_steps=1"])  # fmt: skip
+    plan = planned(config, machine(), on="modal", gpu=parse_gpu("L4"))
+    assert plan.candidates[0].obstacle == "time-out"
+    assert "first kept at its end" in plan.decision.reason
+
+
+def test_a_local_run_has_no_timeout_and_says_why_no_other_place_is_taken(planned, machine):
+    plan = planned(load_config(None, ENDLESS), machine("RTX-4090"))
+    assert (plan.chosen.place.where, plan.chosen.calls.num_calls) == ("local", 1)
+    assert "so the run would never end" in plan.decision.reason
+
+
+@pytest.mark.parametrize(
+    ("saving", "steps"),
+    [
+        ([], 500),
+        (["grpo.save_steps=50"], 50),
+        (["grpo.save_steps=0.1"], 100),
+        (["grpo.save_strategy=no"], 1000),
+        (["grpo.max_steps=40"], 40),
+    ],
+)
+def test_checkpoints_come_as_often_as_trl_writes_them(saving, steps, planned, machine):
+    config = load_config(None, [*HALF_B, "grpo.max_steps=1000", *saving])
+    plan = planned(config, machine(), on="modal", gpu=parse_gpu("L4"))
+    assert plan.chosen.stretch.steps_a_checkpoint == steps
 
 
 def test_a_run_of_days_says_how_many_calls_it_needs(planned, machine):
