@@ -160,6 +160,11 @@ class Candidate:
         return min(self.expected_usd, self.worst_usd / self.num_attempts)
 
     @property
+    def holding_usd(self) -> float:
+        """The cap under which every call can be made, the worst case of the last included."""
+        return ((self.calls.num_calls or 1) - 1) * self.call_usd + self.worst_usd
+
+    @property
     def ends_in_one_call(self) -> bool:
         """Whether the expected run is done before its first attempt is asked to end."""
         return self.calls.num_calls == 1

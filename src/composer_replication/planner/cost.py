@@ -176,6 +176,11 @@ def check_budget(budget_usd: float) -> float:
     )
 
 
+def whole_cents(usd: float) -> float:
+    """The least cap in whole cents that is not under it."""
+    return math.ceil(round(usd * 100, 6)) / 100
+
+
 def check_cap(
     worst_usd: float,
     budget_usd: float,
@@ -184,8 +189,10 @@ def check_cap(
     retries: int,
     timeout_s: float,
     expected_s: float,
+    holding_usd: float | None = None,
+    num_calls: int = 1,
 ) -> None:
-    """Refuse a run whose worst case is over the cap, with what would fit under it.
+    """Refuse a run whose worst case is over the cap, with what would hold it to its end.
 
     Args:
         worst_usd: of every attempt at its time-out.
@@ -193,23 +200,35 @@ def check_cap(
         usd_per_hour: of the container.
         retries: attempts after the first.
         timeout_s: of each attempt.
-        expected_s: of the whole run; a shorter time-out is said to end it unfinished.
+        expected_s: of the whole run in one call; no time-out is named that would cut it.
+        holding_usd: the cap under which all calls of the run can be made; None: `worst_usd`.
+        num_calls: that the run needs with its time-out.
 
     Raises:
-        BudgetError: the numbers, and both ways out.
+        BudgetError: the numbers, and the ways out.
     """
     if worst_usd <= budget_usd:
         return
-    fitting_s = math.floor(affordable_s(budget_usd, usd_per_hour, retries=retries))
-    is_cut = ""
-    if fitting_s < expected_s:
-        is_cut = f", and end the run unfinished: it is expected to take {math.ceil(expected_s)} s"
-        once_s = math.floor(affordable_s(budget_usd, usd_per_hour))
-        if once_s >= expected_s:
-            is_cut += f" (with modal.retries = 0 a time-out of {once_s} s would hold it)"
+    held = "this run" if num_calls == 1 else f"the {num_calls} calls of this run"
     raise BudgetError(
         f"The worst case is {worst_usd:.2f} USD ({usd_per_hour:.2f} USD an hour x {retries + 1} "
-        f"attempts x a time-out of {timeout_s:.0f} s), over the cap of {budget_usd:g} USD. A "
-        f"time-out of {fitting_s} s would fit under it{is_cut}; a cap of "
-        f"{math.ceil(worst_usd * 100) / 100:.2f} USD would hold this run."
+        f"attempts x a time-out of {timeout_s:.0f} s), over the cap of {budget_usd:g} USD. "
+        f"{_fitting_timeout(budget_usd, usd_per_hour, retries, expected_s)}; a cap of "
+        f"{whole_cents(holding_usd or worst_usd):.2f} USD would hold {held}."
+    )
+
+
+def _fitting_timeout(
+    budget_usd: float, usd_per_hour: float, retries: int, expected_s: float
+) -> str:
+    """The longest time-out under the cap in which the run ends, with its retries or without."""
+    for num_retries in dict.fromkeys((retries, 0)):
+        longest_s = affordable_s(budget_usd, usd_per_hour, retries=num_retries)
+        fitting_s = math.floor(min(longest_s, MAX_TIMEOUT_S))
+        if working_s(fitting_s) >= expected_s:
+            without = "" if num_retries == retries else " with modal.retries = 0"
+            return f"A time-out of {fitting_s} s{without} would fit under it"
+    return (
+        f"No time-out under it holds the run in one call: it is expected to take "
+        f"{math.ceil(expected_s)} s"
     )

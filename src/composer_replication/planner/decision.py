@@ -213,7 +213,7 @@ def _no_place(candidates: Sequence[Candidate]) -> str:
 
 
 def _over_cap(possible: Sequence[Candidate], budget_usd: float, retries: int) -> str:
-    cheapest = min(possible, key=lambda c: c.worst_usd)
+    cheapest = min(possible, key=lambda c: c.holding_usd)
     try:
         check_cap(
             cheapest.worst_usd,
@@ -221,7 +221,9 @@ def _over_cap(possible: Sequence[Candidate], budget_usd: float, retries: int) ->
             cheapest.usd_per_hour,
             retries=retries,
             timeout_s=cheapest.timeout_s,
-            expected_s=cheapest.wall_s,
+            expected_s=cheapest.clock.total_s.expected,
+            holding_usd=cheapest.holding_usd,
+            num_calls=cheapest.calls.num_calls or 1,
         )
     except BudgetError as error:
         return f"{cheapest.place.label}: {error}"

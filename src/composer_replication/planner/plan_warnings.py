@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import date
 
 from composer_replication.planner.candidate import Candidate
-from composer_replication.planner.cost import MAX_TIMEOUT_S, volume_usd
+from composer_replication.planner.cost import MAX_TIMEOUT_S, volume_usd, whole_cents
 from composer_replication.planner.duration_text import duration
 from composer_replication.planner.layer_memory import BF16
 from composer_replication.planner.local_machine import LocalMachine
@@ -68,7 +68,8 @@ def _time_out(chosen: Candidate) -> list[str]:
         f"unfinished at its time-out of {duration(chosen.call_s)}. To its end it needs {calls} "
         f"more, {duration(chosen.wall_s)} and {chosen.expected_usd:.2f} USD in all: each starts "
         "again and goes on from the newest checkpoint. The worst case of "
-        f"{chosen.worst_usd:.2f} USD is that of one call."
+        f"{chosen.worst_usd:.2f} USD is that of one call; a cap on all of them must be "
+        f"{whole_cents(chosen.holding_usd):.2f} USD or more."
     )
     if chosen.timeout_s < MAX_TIMEOUT_S:
         text += f" Or raise modal.timeout_s, which is at most {MAX_TIMEOUT_S:.0f}."

@@ -96,15 +96,27 @@ def test_the_cap_refuses_the_worst_case_and_names_what_fits():
 @pytest.mark.parametrize(
     ("expected_s", "text"),
     [
-        (3000, "unfinished: it is expected to take 3000 s (with modal.retries = 0 a time-out of "
-         "4556 s would hold it); a cap of"),
-        (9000, "unfinished: it is expected to take 9000 s; a cap of"),
+        (2000, "A time-out of 2278 s would fit under it; a cap of 15.80 USD would hold this run."),
+        (3000, "A time-out of 4556 s with modal.retries = 0 would fit under it; a cap of"),
+        # 30 s of a time-out are the summary's.
+        (4540, "No time-out under it holds the run in one call: it is expected to take 4540 s; a"),
     ],
-)  # fmt: skip
-def test_a_timeout_under_the_expected_wall_is_said_to_cut_the_run(expected_s, text):
+)
+def test_no_timeout_is_named_that_would_cut_the_run(expected_s, text):
     with pytest.raises(BudgetError) as refusal:
         check_cap(15.8, 5.0, 3.95, retries=1, timeout_s=7200, expected_s=expected_s)
     assert text in str(refusal.value)
+
+
+def test_no_timeout_is_named_that_modal_refuses():
+    """100 USD buy 158,786 s of this container, and a call has a day."""
+    limits = {"retries": 1, "timeout_s": 86_400, "expected_s": 147_589}
+    with pytest.raises(BudgetError) as refusal:
+        check_cap(108.83, 100.0, 2.2672, **limits, holding_usd=163.24, num_calls=2)
+    assert str(refusal.value).endswith(
+        "No time-out under it holds the run in one call: it is expected to take 147589 s; a cap "
+        "of 163.24 USD would hold the 2 calls of this run."
+    )
 
 
 def test_the_longest_affordable_timeout_uses_the_whole_cap():

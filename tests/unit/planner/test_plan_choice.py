@@ -250,6 +250,35 @@ def test_the_cap_is_named_where_the_cap_binds(planned, machine):
     )
 
 
+@pytest.mark.parametrize(("num_steps", "num_calls"), [(1000, 1), (200_000, 3)])
+def test_the_cap_that_a_refusal_names_holds_every_call(num_steps, num_calls, planned, machine):
+    config, card = load_config(None, [*HALF_B, f"grpo.max_steps={num_steps}"]), parse_gpu("L4")
+    refused = planned(config, machine(), on="modal", gpu=card, budget_usd=0.1)
+    assert refused.exit_code == 2
+    (named,) = re.findall(r"a cap of ([\d.]+) USD would hold ", refused.decision.reason)
+    plan = planned(config, machine(), on="modal", gpu=card, budget_usd=float(named))
+    assert plan.chosen.calls.num_calls == num_calls
+    # The ledger sets the worst case of each call aside beside what those before it cost.
+    at_the_last_usd = (num_calls - 1) * plan.chosen.call_usd + plan.chosen.worst_usd
+    assert 0 <= float(named) - at_the_last_usd < 0.01
+    told = any(f"a cap on all of them must be {named} USD" in text for text in plan.warnings)
+    assert told is (num_calls > 1)
+
+
+def test_the_timeout_that_a_refusal_names_is_taken_and_ends_the_run(planned, machine):
+    config = load_config(None, [*HALF_B, "grpo.max_steps=2000"])
+    card = parse_gpu("L4")
+    expected_usd = planned(config, machine(), on="modal", gpu=card).chosen.expected_usd
+    for budget_usd, retries in ((2.2 * expected_usd, 1), (1.2 * expected_usd, 0)):
+        refused = planned(config, machine(), on="modal", gpu=card, budget_usd=budget_usd)
+        (named,) = re.findall(r"A time-out of (\d+) s", refused.decision.reason)
+        limits = [f"modal.timeout_s={named}", f"modal.retries={retries}", "grpo.max_steps=2000"]
+        taken = load_config(None, [*HALF_B, *limits])
+        plan = planned(taken, machine(), on="modal", gpu=card, budget_usd=budget_usd)
+        assert plan.chosen.ends_in_one_call
+        assert ("with modal.retries = 0" in refused.decision.reason) is (retries == 0)
+
+
 def test_an_adapter_as_the_change_keeps_the_teacher_or_says_otherwise(planned, machine):
     plan = planned(load_config(None, FULL_7B), machine(), on="modal", gpu=parse_gpu("A100-80GB"))
     assert plan.cheaper_fit.startswith("A100-80GB would fit with lora.r = 16 (")
