@@ -55,7 +55,7 @@ def _plan(options: argparse.Namespace) -> Answer:
         # A pipe has no width, and a table that breaks its lines cannot be read.
         console = Console()
         console.width = max(console.width, _TABLE_WIDTH)
-        along = NextOptions(options.set, request.budget_usd)
+        along = NextOptions(options.set, request.budget_usd, options.gpu)
         print_plan(plan, console, config_path=options.config, solved=solved, next_options=along)
     return plan_json(plan, solved), plan.exit_code
 

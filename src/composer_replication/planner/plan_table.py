@@ -27,6 +27,8 @@ class NextOptions:
     """`KEY=VALUE` of every `--set`."""
     budget_usd: float | None
     """The cap that was given."""
+    gpu: str | None = None
+    """The card that was asked for, as it was written: `H100!` pins it."""
 
 
 def print_plan(
@@ -153,7 +155,7 @@ def _next_command(chosen: Candidate, config_path: Path | None, options: NextOpti
         words.append("CONFIG.toml")
     words += [word for override in options.overrides for word in ("--set", override)]
     if chosen.place.where == "modal":
-        words += ["--on", "modal", "--gpu", chosen.place.label]
+        words += ["--on", "modal", "--gpu", options.gpu or chosen.place.label]
         words += [] if options.budget_usd is None else ["--budget", f"{options.budget_usd:g}"]
     elif chosen.place.num_gpus > 1:
         words += ["--on", "local"]

@@ -1,4 +1,5 @@
 import json
+import shlex
 from datetime import timedelta
 from importlib.resources import files
 
@@ -168,6 +169,12 @@ def test_the_answer_comes_first_and_the_next_command_last(capsys):
         "'smoke.fixed_shapes=[2, 256]' --on modal --gpu L4 --budget 3"
     )
     assert sum(line.startswith("->") for line in lines) == 1
+
+
+@pytest.mark.parametrize("gpu", ["H100!", "B200+", "H100!:2"])
+def test_the_next_command_asks_for_the_card_as_it_was_asked_for(gpu, capsys):
+    _, out, _ = run_plan(capsys, *CHEAP, "--on", "modal", "--gpu", gpu, "--budget", "90")
+    assert shlex.split(out.splitlines()[-1])[-4:] == ["--gpu", gpu, "--budget", "90"]
 
 
 def test_a_train_run_without_a_file_has_no_sizes_of_a_smoke(capsys, tmp_path):
