@@ -1,6 +1,7 @@
 """Earlier runs on the same device narrow the range of a step's seconds."""
 
 import json
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def _read(path: Path) -> tuple[float, Measured] | None:
         median_s = summary["median_step_s"]
         if summary["status"] == "stopped" or not median_s:
             return None
-        return written_s, Measured(
+        measured = Measured(
             run=path.name,
             verb=planned["verb"],
             device=planned["device"],
@@ -140,6 +141,26 @@ def _read(path: Path) -> tuple[float, Measured] | None:
             status=summary["status"],
             where="modal" if summary.get("cost_usd") is not None else "local",
         )
-    except (OSError, ValueError, KeyError, TypeError):
-        # A run that is going on, was killed, or comes from a version without plans.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # A run that is going on, was killed, or comes from a version without plans; a damaged file.
         return None
+    return (written_s, measured) if _is_whole(measured) else None
+
+
+def _is_whole(run: Measured) -> bool:
+    """Whether its figures are what a run writes: files may be damaged, or edited by hand."""
+    steps_s: list[object] = [*run.predicted_step_s, run.median_step_s, run.bare_step_s]
+    others: list[object] = [run.predicted_tensor_gib, run.predicted_wall_s, *run.phases_s.values()]
+    others += [figure for figure in (run.peak_tensor_gib, run.total_s) if figure is not None]
+    texts: list[object] = [run.verb, run.device, run.model, run.status]
+    return (
+        all(_is_figure(value) and cast(float, value) > 0 for value in steps_s)
+        and all(_is_figure(value) for value in others)
+        and all(isinstance(value, str) for value in texts)
+    )
+
+
+def _is_figure(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and value >= 0

@@ -5,9 +5,10 @@ the second on what was asked for: cards, CPU cores and RAM, times the region's f
 """
 
 import math
+import re
 from dataclasses import dataclass
 
-from composer_replication.errors import BudgetError, ConfigError
+from composer_replication.errors import BudgetError, ConfigError, shown
 from composer_replication.planner.hardware import check_count, find_gpu
 from composer_replication.planner.prices import PriceTable, current_prices
 
@@ -26,6 +27,8 @@ ENDING_S = 30.0
 
 _HOUR_S = 3600.0
 _MONTH_DAYS = 30.0
+_IS_PART = re.compile(r"(north|south|east|west|central)+(-?[0-9]+)?|melbourne|[a-z]+-[0-9]+")
+"""`east`, `northeast`, `west-1`, `central1`, and towns with a number, such as `ashburn-1`."""
 _BROAD_REGIONS = ("us", "eu", "ap", "uk", "ca", "me", "sa", "af", "jp")
 
 
@@ -84,18 +87,20 @@ def estimate(
         prices: None: the newest table at hand.
 
     Raises:
-        ConfigError: an unknown card or region, a count that no machine has, a negative number.
+        ConfigError: an unknown card or region, a count that no machine has or is no whole number,
+            a negative number, or what is none.
     """
+    if not isinstance(gpu, str):
+        raise ConfigError(
+            f"gpu is {shown(gpu)}; a bill needs a card's name. Write for example 'L4'."
+        )
     card = find_gpu(gpu)
+    _check_number("num_gpus", num_gpus, is_count=True)
     check_count(card, num_gpus)
-    for name, value in (
-        ("seconds", seconds),
-        ("cpu_cores", cpu_cores),
-        ("memory_gib", memory_gib),
-        ("retries", retries),
-    ):
-        if not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"{name} is {value}; a bill needs a number of at least 0.")
+    _check_number("seconds", seconds)
+    _check_number("cpu_cores", cpu_cores)
+    _check_number("memory_gib", memory_gib)
+    _check_number("retries", retries, is_count=True)
     table = prices or current_prices()
     if not card.is_on_modal:
         return Cost(0.0, 0.0, 0.0, 0.0, 0.0, table.as_of.isoformat())
@@ -116,6 +121,23 @@ def estimate(
     )
 
 
+def _check_number(name: str, value: object, *, is_count: bool = False) -> None:
+    """Refuse what no bill can be reckoned with: callers may be notebooks, which check no types."""
+    kind = "whole number" if is_count else "number"
+    if (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and value >= 0
+        and not (is_count and value % 1)
+    ):
+        return
+    raise ConfigError(
+        f"{name} is {shown(value)}; a bill needs a finite {kind} of at least 0. "
+        f"Give for example {name} = 1."
+    )
+
+
 def region_factor(region: str | None, prices: PriceTable) -> float:
     """What a choice of region multiplies every rate by.
 
@@ -124,13 +146,14 @@ def region_factor(region: str | None, prices: PriceTable) -> float:
     """
     if region is None:
         return 1.0
-    continent, separator, _ = region.partition("-")
-    if continent not in _BROAD_REGIONS:
-        raise ConfigError(
-            f"region is {region!r}, which is no region. Known: {', '.join(_BROAD_REGIONS)}, or a "
-            "part of one such as us-east. Leave it out: any region is cheapest."
-        )
-    return prices.narrow_region_factor if separator else prices.broad_region_factor
+    name = region if isinstance(region, str) else ""
+    continent, separator, part = name.partition("-")
+    if continent in _BROAD_REGIONS and (not separator or _IS_PART.fullmatch(part)):
+        return prices.narrow_region_factor if separator else prices.broad_region_factor
+    raise ConfigError(
+        f"region is {shown(region)}, which is no region. Known: {', '.join(_BROAD_REGIONS)}, or a "
+        "part of one such as us-east or eu-west-1. Leave it out: any region is cheapest."
+    )
 
 
 def volume_usd(stored_gib: float, days: float, prices: PriceTable | None = None) -> float:
@@ -168,7 +191,12 @@ def check_budget(budget_usd: float) -> float:
     Raises:
         ConfigError: zero, negative or not a number.
     """
-    if math.isfinite(budget_usd) and budget_usd > 0:
+    if not math.isfinite(budget_usd):
+        raise ConfigError(
+            f"--budget is {budget_usd:g} USD; a cap must be a finite number, or it caps nothing. "
+            f"Give a positive number such as {SMOKE_BUDGET_USD:g}, or leave it out."
+        )
+    if budget_usd > 0:
         return budget_usd
     raise ConfigError(
         f"--budget is {budget_usd:g} USD; a cap of 0 or less forbids every run. Give a positive "

@@ -38,7 +38,9 @@ def test_retries_add_whole_attempts():
     assert thrice.worst_usd == pytest.approx(3 * once.usd)
 
 
-@pytest.mark.parametrize(("region", "factor"), [(None, 1), ("eu", 1.15), ("us-east", 1.75)])
+@pytest.mark.parametrize(
+    ("region", "factor"), [(None, 1), ("eu", 1.15), ("us-east", 1.75), ("us-ashburn-1", 1.75)]
+)
 def test_a_region_multiplies_every_rate(region, factor):
     anywhere = estimate("A10", 1, 600, cpu_cores=2, memory_gib=8)
     there = estimate("A10", 1, 600, cpu_cores=2, memory_gib=8, region=region)
@@ -61,6 +63,15 @@ def test_a_card_of_ones_own_costs_nothing():
         ({"seconds": math.nan}, "seconds is nan"),
         ({"memory_gib": math.inf}, "memory_gib is inf"),
         ({"retries": -1}, "retries is -1"),
+        ({"num_gpus": 1.5}, "num_gpus is 1.5; a bill needs a finite whole number"),
+        ({"num_gpus": True}, "num_gpus is True"),
+        ({"retries": 1.5}, "retries is 1.5"),
+        ({"seconds": "60"}, "seconds is '60'"),
+        ({"cpu_cores": None}, "cpu_cores is None"),
+        ({"gpu": 4}, "gpu is 4"),
+        ({"region": "us-moon"}, "region is 'us-moon'"),
+        ({"region": "us-"}, "region is 'us-'"),
+        ({"region": 3}, "region is 3"),
         ({"region": "mars"}, "region is 'mars'"),
         ({"region": "moon-east"}, "region is 'moon-east'"),
     ],
@@ -127,9 +138,17 @@ def test_the_longest_affordable_timeout_uses_the_whole_cap():
     assert affordable_s(5.0, 0.0) == math.inf
 
 
-@pytest.mark.parametrize("budget", [0, -1, math.nan, math.inf])
-def test_a_cap_that_nothing_could_stay_under_is_refused(budget):
-    with pytest.raises(ConfigError, match="--budget is"):
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [
+        (0, "0 or less"),
+        (-1, "0 or less"),
+        (math.nan, "must be a finite number"),
+        (math.inf, "must be a finite number"),
+    ],
+)
+def test_a_cap_that_nothing_could_stay_under_is_refused(budget, text):
+    with pytest.raises(ConfigError, match=f"--budget is {budget:g} USD.*{text}"):
         check_budget(budget)
     assert check_budget(0.01) == 0.01
 

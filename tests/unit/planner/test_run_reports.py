@@ -54,6 +54,43 @@ def test_predictions_stand_beside_measurements_with_their_error(runs):
     assert report.median_absolute_error["tensor_gib"] == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"bare_step_s": 0},
+        {"bare_step_s": None},
+        {"wall_s": "100"},
+        {"step_s": [1.0, "2", 4.0]},
+        {"step_s": [1.0, 2.0]},
+        {"step_s": [0.0, 0.0, 0.0]},
+        {"peak_tensor_gib": []},
+        {"device": 3},
+        {"model": ["m"]},
+        {"wall_s": float("nan")},
+    ],
+)
+def test_a_run_whose_plan_is_damaged_is_passed_over(damage, runs, capsys):
+    ended(runs / "c", planned=PLANNED | damage, median_step_s=2.5)
+    assert {run.run for run in planner_report([runs]).runs} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"median_step_s": "2"},
+        {"total_s": "80"},
+        {"phases_s": {"load": "3"}},
+        {"phases_s": 3},
+        {"peak_tensor_gib": True},
+    ],
+)
+def test_a_run_whose_summary_is_damaged_is_passed_over(damage, runs):
+    ended(runs / "c", median_step_s=2.5)
+    path = runs / "c" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    assert {run.run for run in planner_report([runs]).runs} == {"a", "b"}
+
+
 def test_two_runs_are_compared_figure_by_figure(runs):
     report = compare_runs(runs / "a", runs / "b")
     figures = {figure.name: figure for figure in report.figures}
