@@ -1,5 +1,6 @@
 """`make_plan`: every place a run could go, the one to take, and what a cheaper one would need."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -213,6 +214,27 @@ class Planner:
             f"({after.memory.peak_gib:.1f} of {candidate.place.capacity_gib:.1f} GiB)."
         )
 
+    def least_change(self, candidates: Sequence[Candidate]) -> str | None:
+        """`fitting_change` of the place that costs least of those that the smallest change opens.
+
+        Args:
+            candidates: of which none fits.
+        """
+        one_card = [c for c in candidates if c.device_obstacle is None]
+
+        def expected_usd(candidate: Candidate, config: RunConfig) -> float:
+            changed = self.candidate(candidate.place, config, predict)
+            return changed.expected_usd if changed.is_launchable else math.inf
+
+        def fits_any(config: RunConfig) -> bool:
+            return any(expected_usd(candidate, config) < math.inf for candidate in one_card)
+
+        change = smallest_change(self.request.config, fits_any)
+        if change is None or self.request.evaluation is not None:
+            return None
+        config = change.config
+        return self.fitting_change(min(one_card, key=lambda c: expected_usd(c, config)))
+
     def other_card(self) -> str | None:
         """The cheapest card of Modal that holds the run where one was asked for that does not."""
         asked = self.request.gpu
@@ -265,7 +287,8 @@ def make_plan(
     is_endless = any(c.obstacle == "time-out" for c in candidates)
     if decision.chosen is None and not is_over_cap and not is_endless:
         largest = max(candidates, key=lambda c: c.place.capacity_gib)
-        ways = (change or planner.fitting_change(largest), planner.other_card())
+        change = planner.least_change(candidates) or planner.fitting_change(largest)
+        ways = (change, planner.other_card())
         change = " ".join(way for way in ways if way is not None) or None
     return Plan(
         candidates=candidates,

@@ -279,6 +279,19 @@ def test_the_timeout_that_a_refusal_names_is_taken_and_ends_the_run(planned, mac
         assert ("with modal.retries = 0" in refused.decision.reason) is (retries == 0)
 
 
+def test_where_nothing_fits_the_change_is_named_for_the_cheapest_card_that_it_opens(
+    planned, machine
+):
+    """The change opens a B300 too, which costs a multiple of what the run then needs."""
+    long = ["model=shape:qwen2.5-1.5b", "grpo.max_steps=200", "grpo.max_completion_length=16384"]
+    plan = planned(load_config(None, long), machine(), on="modal")
+    assert plan.chosen is None
+    label, setting = re.match(r"(\S+) would fit with (.+?) \(", plan.cheaper_fit).groups()
+    changed = planned(load_config(None, [*long, setting.replace(" ", "")]), machine(), on="modal")
+    assert one(changed, "B300").is_launchable
+    assert changed.chosen.place.label == label != "B300"
+
+
 def test_an_adapter_as_the_change_keeps_the_teacher_or_says_otherwise(planned, machine):
     plan = planned(load_config(None, FULL_7B), machine(), on="modal", gpu=parse_gpu("A100-80GB"))
     assert plan.cheaper_fit.startswith("A100-80GB would fit with lora.r = 16 (")
