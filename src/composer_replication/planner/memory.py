@@ -94,6 +94,12 @@ def persistent_bytes(case: StepCase) -> dict[str, int]:
     }
 
 
+def checkpoint_bytes(case: StepCase) -> int:
+    """Of a checkpoint's files: what is trained, its moments, and a teacher's own weights."""
+    parts = persistent_bytes(case)
+    return trained_bytes(case) + parts["optimizer"] + parts["teacher"]
+
+
 def _teacher_bytes(case: StepCase, shape: ModelShape, base: int) -> int:
     if case.num_sites == 0 or case.teacher == "live":
         return 0

@@ -8,11 +8,11 @@ from composer_replication.planner.cost import MAX_TIMEOUT_S, volume_usd, whole_c
 from composer_replication.planner.duration_text import duration
 from composer_replication.planner.layer_memory import BF16
 from composer_replication.planner.local_machine import LocalMachine
+from composer_replication.planner.memory import checkpoint_bytes, trained_bytes
 from composer_replication.planner.model_files import EMBEDDED_SPEC, REFERENCE_SPEC
 from composer_replication.planner.model_shape import model_shape
 from composer_replication.planner.plan_request import PlanRequest
 from composer_replication.planner.prices import PriceTable
-from composer_replication.planner.run_memory import weights_gib
 from composer_replication.units import gib
 
 _MONTH_DAYS = 30.0
@@ -115,15 +115,20 @@ def _cards(
 
 
 def _credit_and_files(candidate: Candidate, prices: PriceTable) -> str:
-    """The plan without a fee, and what the downloaded and the written weights cost to keep."""
-    case = candidate.shape.case
-    downloaded_gib = gib(BF16 * model_shape(case.model).num_parameters)
-    stored_gib = downloaded_gib + weights_gib(case)
-    return (
+    """The plan without a fee, and what the weights and checkpoints in its volume cost to keep."""
+    shape = candidate.shape
+    downloaded = BF16 * model_shape(shape.case.model).num_parameters
+    kept = shape.num_kept_checkpoints
+    stored_gib = gib(downloaded + trained_bytes(shape.case) + kept * checkpoint_bytes(shape.case))
+    what = "weights" + (f" and {kept} checkpoint{'s' * (kept != 1)}" if kept else "")
+    text = (
         f"Modal credits {prices.monthly_credit_usd:g} USD a month. About {stored_gib:.1f} GiB of "
-        f"weights stay in its volume, {volume_usd(stored_gib, _MONTH_DAYS, prices):.2f} USD a "
+        f"{what} stay in its volume, {volume_usd(stored_gib, _MONTH_DAYS, prices):.2f} USD a "
         f"month: {prices.volume_free_gib:g} GiB are free."
     )
+    if stored_gib > prices.volume_free_gib and kept > 1:
+        text += " grpo.save_total_limit keeps fewer."
+    return text
 
 
 def _spec(candidate: Candidate) -> str:

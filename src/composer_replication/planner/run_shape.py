@@ -70,6 +70,10 @@ class RunShape:
     """What an evaluation on held-out prompts decodes together."""
     num_evaluation_batches: int = 0
     """Of those, in all evaluations of the run."""
+    num_checkpoints: int = 0
+    """Written in the run, that of its end included."""
+    num_kept_checkpoints: int = 0
+    """Of them, those that stay."""
     compares_reference: bool = False
     """GRPO has a KL term, which scores every rollout under the starting weights."""
     has_reference: bool = False
@@ -124,6 +128,10 @@ def run_shape(
     case = _with_rows(setting, config, data, verb)
     num_steps = _num_steps(config, data, verb, num_processes)
     every_steps = config.evaluation.every_steps if verb == "train" else None
+    steps_a_checkpoint = _steps_a_checkpoint(config, data, num_steps, verb, num_processes)
+    has_none = verb != "train" or config.grpo.get("save_strategy") == "no"
+    num_checkpoints = 0 if has_none else math.ceil(num_steps / steps_a_checkpoint)
+    most_kept = cast(int | None, config.grpo.get("save_total_limit")) or num_checkpoints
     takes_what_fits = verb == "smoke" and config.smoke.steps is None and device_type == "cpu"
     return RunShape(
         case=replace(case, accumulates=micro_batches > 1),
@@ -131,7 +139,9 @@ def run_shape(
         num_micro_batches=micro_batches,
         num_steps=num_steps,
         steps_budget_s=config.smoke.time_budget_s if takes_what_fits else None,
-        steps_a_checkpoint=_steps_a_checkpoint(config, data, num_steps, verb, num_processes),
+        steps_a_checkpoint=steps_a_checkpoint,
+        num_checkpoints=num_checkpoints,
+        num_kept_checkpoints=min(num_checkpoints, most_kept),
         verb=verb,
         typical_share=_typical_share(config, case, data),
         tree_share=data.tree_share,

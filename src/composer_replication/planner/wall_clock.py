@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from composer_replication.planner.layer_memory import BF16
+from composer_replication.planner.memory import checkpoint_bytes, trained_bytes
 from composer_replication.planner.model_shape import model_shape
 from composer_replication.planner.run_shape import RunShape
 from composer_replication.planner.throughput import Range
@@ -23,6 +24,8 @@ _DOWNLOAD_BYTES_PER_S = (200e6, 60e6, 20e6)
 """From the hub into a container; the founding note has 15 to 45 s for 1 GB."""
 
 _READ_BYTES_PER_S = (1.5e9, 400e6, 60e6)
+"""Of a disk, which is taken to write as fast as it reads."""
+_WRITE_FILES = Range(0.2, 1.0, 5.0)
 _GIB = 2**30
 _MEASURED_SPREAD = (0.7, 1.0, 1.5)
 """Around what earlier runs took: a cache may be warm, or a disk busy."""
@@ -66,7 +69,7 @@ def wall_clock(
     Args:
         shape: of the run.
         step_s: of one step.
-        weights_gib: read at the start and written at the end.
+        weights_gib: read at the start.
         where: on this machine, which has the weights already, or in a container that has to start
             and, in the first run, to download them in half precision.
         evaluations_s: of all held-out evaluations of the run.
@@ -79,7 +82,7 @@ def wall_clock(
     half_bytes = BF16 * model_shape(shape.case.model).num_parameters
     download = _over(half_bytes, _DOWNLOAD_BYTES_PER_S)
     load = _over(num_bytes, _READ_BYTES_PER_S)
-    save = load.plus(Range(0.2, 1.0, 5.0))
+    save = _over(trained_bytes(shape.case), _READ_BYTES_PER_S).plus(_WRITE_FILES)
     if shape.verb == "evaluate":
         # Its steps are the models, one loaded after the other; of it only text is written.
         download, load = download.times(shape.num_steps), load.times(shape.num_steps)
@@ -91,6 +94,9 @@ def wall_clock(
         "step": steps,
         "save": save,
     }
+    if shape.num_checkpoints:
+        one = _over(checkpoint_bytes(shape.case), _READ_BYTES_PER_S).plus(_WRITE_FILES)
+        phases["checkpoint"] = one.times(shape.num_checkpoints)
     if evaluations_s.high > 0:
         phases["evaluate"] = evaluations_s
     for name in ("cold_start", "download", "load", "save"):

@@ -8,7 +8,14 @@ import pytest
 from composer_replication.config.loading import load_config
 from composer_replication.errors import ConfigError
 from composer_replication.planner.hardware import parse_gpu
-from composer_replication.planner.memory import predict, trained_bytes
+from composer_replication.planner.memory import (
+    checkpoint_bytes,
+    persistent_bytes,
+    predict,
+    trained_bytes,
+)
+from composer_replication.planner.model_files import model_settings
+from composer_replication.planner.model_shape import model_shape
 from composer_replication.planner.plan_json import plan_json
 from composer_replication.planner.run_memory import run_memory
 from composer_replication.units import gib
@@ -94,7 +101,7 @@ def test_retries_are_no_time_to_compute_in(planned, machine):
 
 def test_a_run_that_ends_in_the_seconds_kept_for_its_summary_is_cut(planned, machine):
     """An attempt is asked to end before its time-out, so that its last commit has time."""
-    config = load_config(None, LORA_7B)
+    config = load_config(None, [*LORA_7B, "grpo.save_steps=10"])
     card = parse_gpu("L40S")
     wall_s = planned(config, machine(), on="modal", gpu=card).chosen.wall_s
     for seconds, ends in ((wall_s + 29, False), (wall_s + 31, True)):
@@ -183,6 +190,40 @@ def test_what_ends_within_its_timeout_is_taken_before_what_is_cheaper(planned, m
     assert not one(plan, cheapest.place.label).ends_in_one_call
     assert plan.chosen.ends_in_one_call
     assert "the time-out binds: " in plan.decision.reason
+
+
+def test_checkpoints_take_time_dollars_and_room(planned, machine):
+    """By hand: 16 bytes a weight (itself, two moments, the teacher) at 400 MB/s and a second."""
+    full = ["model=shape:qwen2.5-1.5b", "teacher=frozen", "grpo.max_steps=200"]
+    weights = model_shape(model_settings("shape:qwen2.5-1.5b")).num_parameters
+    one_s = 16 * weights / 400e6 + 1.0
+
+    def plan_of(*settings):
+        config = load_config(None, [*full, *settings])
+        return planned(config, machine(), on="modal", gpu=parse_gpu("H100"))
+
+    none, last = plan_of("grpo.save_strategy='no'"), plan_of()
+    often = plan_of("grpo.save_steps=10", "grpo.save_total_limit=3")
+    assert last.chosen.wall_s - none.chosen.wall_s == pytest.approx(one_s)
+    assert often.chosen.wall_s - none.chosen.wall_s == pytest.approx(20 * one_s)
+    per_s = often.chosen.usd_per_hour / 3600
+    assert often.chosen.expected_usd - none.chosen.expected_usd == pytest.approx(20 * one_s * per_s)
+    stored_gib = gib((2 + 4 + 3 * 16) * weights)
+    assert any(
+        f"About {stored_gib:.1f} GiB of weights and 3 checkpoints stay" in text
+        for text in often.warnings
+    )
+
+
+def test_an_adapters_checkpoint_is_that_of_the_adapter(planned, machine):
+    config = load_config(None, LORA_7B)
+    shape = planned(config, machine(), on="modal", gpu=parse_gpu("H100")).chosen.shape
+    adapter = trained_bytes(shape.case)
+    assert checkpoint_bytes(shape.case) == 3 * adapter
+    assert adapter < 0.03 * persistent_bytes(shape.case)["weights"]
+    assert (shape.num_checkpoints, shape.num_kept_checkpoints) == (1, 1)
+    smoke = planned(load_config(None, [*LORA_7B[:1], "smoke.steps=20"]), machine(), verb="smoke")
+    assert smoke.candidates[0].shape.num_checkpoints == 0
 
 
 def test_a_t4_is_never_taken_for_bf16(note, planned, machine):
