@@ -36,6 +36,7 @@ from composer_replication.planner.throughput import (
     Speed,
     evaluation_range,
     gpu_speed,
+    measuring_range,
     step_range,
     step_terms,
 )
@@ -215,6 +216,7 @@ def make_candidate(
         weights,
         where=place.where,
         evaluations_s=evaluation_range(shape, speed).times(factor or 1.0),
+        measuring_s=measuring_range(shape, seconds),
         measured_s=measured_s or {},
     )
     limit_s = modal.timeout_s or _timeout(shape, clock)

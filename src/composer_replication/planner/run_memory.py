@@ -161,7 +161,7 @@ def _of_case(
         head = _trl_head_bytes(case, model, phase) if is_separate else 0
         phases[phase] += extra + gib(head)
     phases["policy_forward"] += extra
-    if shape.measures_gradients:
+    if shape.num_measured_steps:
         head = _trl_head_bytes(case, model, "backward") if is_separate else 0
         phases["diagnostics"] = gib(measuring_bytes(case) + head) + extra
     if shape.has_reference:

@@ -78,8 +78,10 @@ class RunShape:
     """GRPO has a KL term, which scores every rollout under the starting weights."""
     has_reference: bool = False
     """They are a second copy of the model; an adapter is turned off instead."""
-    measures_gradients: bool = False
-    """At some steps each channel's own gradient is held."""
+    num_measured_steps: int = 0
+    """Those at which each channel's own gradient is measured, and held."""
+    num_credit_steps: int = 0
+    """Those whose tokens' credit is written."""
     vllm: VllmEngine | None = None
     """Samples the rollouts in place of transformers."""
 
@@ -152,7 +154,8 @@ def run_shape(
         num_evaluation_batches=_num_evaluation_batches(config, num_steps) if every_steps else 0,
         has_reference=bool(config.grpo.get("beta")) and config.lora is None,
         compares_reference=bool(config.grpo.get("beta")),
-        measures_gradients=bool(config.diagnostics.gradients_every),
+        num_measured_steps=num_steps // (config.diagnostics.gradients_every or num_steps + 1),
+        num_credit_steps=num_steps // (config.diagnostics.credit_every or num_steps + 1),
         vllm=vllm_engine(config),
     )
 

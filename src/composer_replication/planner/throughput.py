@@ -63,6 +63,8 @@ _LAUNCH_S = (0.25e-3, 0.5e-3, 1.2e-3)
 """Of a decoder layer that eager transformers runs: 40 to 60 kernels, launched from Python."""
 _HALF_TOKENS_PER_TFLOPS = 4.0
 _BACKWARD_LAUNCHES = 1.6
+_BACKWARD_SHARE = 2 / 3
+"""Of a forward and its backward."""
 _STEP_OVERHEAD = Range(0.03, 0.15, 0.6)
 """Logging, metrics, the data loader and files, once an optimizer step."""
 
@@ -152,6 +154,25 @@ def evaluation_range(shape: RunShape, speed: Speed) -> Range:
     by_transformers = replace(shape, vllm=None)
     batch = _sampling_s(shape.evaluation, by_transformers, model, speed)
     return batch.times(shape.num_evaluation_batches)
+
+
+def measuring_range(shape: RunShape, terms: dict[str, Range]) -> Range:
+    """Seconds of all that `[diagnostics]` asks for.
+
+    That is a backward a channel for gradients, and for credit a forward of the other channels' rows
+    and of the teacher's.
+
+    Args:
+        shape: of the run.
+        terms: of a step, by `step_terms`.
+    """
+    if shape.num_measured_steps == shape.num_credit_steps == 0:
+        return Range(0.0, 0.0, 0.0)
+    case, train = shape.case, terms["train"]
+    num_channels = sum(map(bool, (case.num_rollouts, case.num_sites, case.num_pairs)))
+    gradients = train.times(_BACKWARD_SHARE * num_channels * shape.num_measured_steps)
+    forward = train.times(1 - _BACKWARD_SHARE).plus(terms["teacher"])
+    return gradients.plus(forward.times(shape.num_credit_steps))
 
 
 def step_range(terms: dict[str, Range]) -> Range:

@@ -62,6 +62,7 @@ def wall_clock(
     *,
     where: Where,
     evaluations_s: Range,
+    measuring_s: Range,
     measured_s: Mapping[str, float],
 ) -> WallClock:
     """The phases of a run.
@@ -73,6 +74,7 @@ def wall_clock(
         where: on this machine, which has the weights already, or in a container that has to start
             and, in the first run, to download them in half precision.
         evaluations_s: of all held-out evaluations of the run.
+        measuring_s: of all that `[diagnostics]` asks for.
         measured_s: of phases that runs of this model on this device took; they replace guesses.
     """
     num_bytes = weights_gib * _GIB
@@ -99,6 +101,8 @@ def wall_clock(
         phases["checkpoint"] = one.times(shape.num_checkpoints)
     if evaluations_s.high > 0:
         phases["evaluate"] = evaluations_s
+    if measuring_s.high > 0:
+        phases["diagnostics"] = measuring_s
     for name in ("cold_start", "download", "load", "save"):
         if name in measured_s:
             phases[name] = Range(*(share * measured_s[name] for share in _MEASURED_SPREAD))

@@ -215,6 +215,28 @@ def test_checkpoints_take_time_dollars_and_room(planned, machine):
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "num_train", "num_teacher"),
+    [
+        (["diagnostics.gradients_every=1"], 200 * 3 * 2 / 3, 0),
+        (["diagnostics.gradients_every=50"], 4 * 3 * 2 / 3, 0),
+        (["diagnostics.gradients_every=50", "beta_replay=0"], 4 * 2 * 2 / 3, 0),
+        (["diagnostics.credit_every=20"], 10 / 3, 10),
+        (["diagnostics.gradients_every=201", "diagnostics.credit_every=0"], 0, 0),
+    ],
+)
+def test_diagnostics_take_time(settings, num_train, num_teacher, planned, machine):
+    """A backward is 2/3 of a forward and its backward; three channels have one each."""
+    wall_s = {}
+    for name, more in (("plain", settings[1:]), ("measured", settings)):
+        config = load_config(None, [*FULL_7B, "teacher=frozen", "lora.r=16", *more])
+        chosen = planned(config, machine(), on="modal", gpu=parse_gpu("H100")).chosen
+        wall_s[name] = chosen.clock.total_s.expected
+    terms = chosen.terms_s
+    wanted = num_train * terms["train"].expected + num_teacher * terms["teacher"].expected
+    assert wall_s["measured"] - wall_s["plain"] == pytest.approx(wanted, abs=1e-6)
+
+
 def test_an_adapters_checkpoint_is_that_of_the_adapter(planned, machine):
     config = load_config(None, LORA_7B)
     shape = planned(config, machine(), on="modal", gpu=parse_gpu("H100")).chosen.shape
