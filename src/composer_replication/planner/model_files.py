@@ -118,6 +118,13 @@ def _read(path: Path, spec: str) -> Settings:
             "Correct it, or download it again."
         )
     found = cast("dict[str, object]", settings)
+    quantized = found.get("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise ModelError(
+            f"{spec} holds quantised weights ({method or 'an unknown method'}), which no optimizer "
+            "step can change, so there is no run to plan. Give the repository of the full weights."
+        )
     text_config = found.get("text_config")
     # Models of several kinds of input keep the decoder's sizes one level down.
     return cast("Settings", text_config) if isinstance(text_config, dict) else found

@@ -77,7 +77,9 @@ def print_plan(
     cap = "" if plan.budget_usd is None else f"; the cap on it is {plan.budget_usd:g}"
     line("prices", f"of {plan.prices_as_of}, USD; worst is every attempt at its time-out{cap}")
     if chosen is not None and next_options is not None:
-        line("next", _next_command(chosen, config_path, next_options))
+        place = chosen.place
+        where = f"on a machine with {place.name}: " if place.is_assumed else ""
+        line("next", where + _next_command(chosen, config_path, next_options))
 
 
 def _table(plan: Plan) -> Table:

@@ -10,6 +10,7 @@ from composer_replication.config.loading import load_config
 from composer_replication.errors import ConfigError
 from composer_replication.planner.hardware import parse_gpu
 from composer_replication.planner.local_machine import LocalCard, LocalMachine
+from composer_replication.planner.model_files import model_settings
 from composer_replication.planner.plan import PlanRequest, make_plan
 from composer_replication.planner.plan_json import PlanAnswer, plan_json, plan_json_schema
 from composer_replication.planner.prices import shipped_prices
@@ -175,6 +176,20 @@ def test_the_answer_comes_first_and_the_next_command_last(capsys):
 def test_the_next_command_asks_for_the_card_as_it_was_asked_for(gpu, capsys):
     _, out, _ = run_plan(capsys, *CHEAP, "--on", "modal", "--gpu", gpu, "--budget", "90")
     assert shlex.split(out.splitlines()[-1])[-4:] == ["--gpu", gpu, "--budget", "90"]
+
+
+def test_a_card_that_is_not_here_is_said_to_be_needed(capsys):
+    _, out, _ = run_plan(capsys, *CHEAP, "--on", "local", "--gpu", "H100")
+    assert "H100 is not in this machine" in out
+    assert out.splitlines()[-1].startswith("next    on a machine with H100: composer-")
+
+
+def test_quantised_weights_are_not_planned(capsys, tmp_path):
+    config = model_settings("shape:qwen2.5-0.5b") | {"quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, _, error = run_plan(capsys, "--set", f"model={tmp_path}")
+    assert code == 2
+    assert f"{tmp_path} holds quantised weights (awq), which no optimizer step can change" in error
 
 
 def test_a_train_run_without_a_file_has_no_sizes_of_a_smoke(capsys, tmp_path):
