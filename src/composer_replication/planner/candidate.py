@@ -3,15 +3,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from composer_replication.config.execution_sections import MAX_MODAL_MEMORY_GIB, ModalConfig
 from composer_replication.planner.calibration import calibrated
-from composer_replication.planner.cost import (
-    SMOKE_TIMEOUT_S,
-    Cost,
-    estimate,
-    timeout_s,
-)
+from composer_replication.planner.cost import SMOKE_TIMEOUT_S, estimate, timeout_s
 from composer_replication.planner.hardware import Gpu
 from composer_replication.planner.layer_memory import BF16
 from composer_replication.planner.memory import predict
@@ -197,12 +193,8 @@ def make_candidate(
     speed = place.speed if place.gpu is None else gpu_speed(place.gpu, shape)
     assert speed is not None, "a CPU place knows its speed"
     num_gpus = max(place.num_gpus, 1)
-    if _lacks_bf16(place, shape):
-        predictor = predict
-    memory = whole = run_memory(shape, num_gpus, predictor, card_gib=place.capacity_gib)
-    is_sharded = num_gpus > 1 and shape.verb != "evaluate" and whole.peak_gib > place.capacity_gib
-    if is_sharded:
-        memory = sharded_memory(shape, num_gpus)
+    whole, memory = _memory(place, shape, predict if _lacks_bf16(place, shape) else predictor)
+    is_sharded = memory is not whole
     seconds = step_terms(shape, speed, num_gpus, is_sharded=is_sharded)
     bare = step_range(seconds)
     step_s = bare
@@ -219,28 +211,22 @@ def make_candidate(
         measuring_s=measuring_range(shape, seconds),
         measured_s=measured_s or {},
     )
-    limit_s = modal.timeout_s or _timeout(shape, clock)
     is_remote = place.where == "modal"
+    limit_s = modal.timeout_s or _timeout(shape, clock)
+    one_call_s = limit_s if is_remote else math.inf
     stretch = stretch_of(shape, clock, num_steps(shape, step_s))
-    calls = calls_to_end(
-        stretch,
-        total_s=clock.total_s.expected,
-        limit_s=limit_s if is_remote else math.inf,
-    )
+    calls = calls_to_end(stretch, total_s=clock.total_s.expected, limit_s=one_call_s)
     memory_gib = modal.memory_gib or _memory_request_gib(weights * num_gpus)
-
-    def bill(seconds: float) -> Cost:
-        return estimate(
-            place.name,
-            num_gpus,
-            seconds,
-            cpu_cores=modal.cpu_cores,
-            memory_gib=memory_gib,
-            region=modal.region,
-            retries=modal.retries,
-            prices=prices,
-        )
-
+    bill = partial(
+        estimate,
+        place.name,
+        num_gpus,
+        cpu_cores=modal.cpu_cores,
+        memory_gib=memory_gib,
+        region=modal.region,
+        retries=modal.retries,
+        prices=prices,
+    )
     return Candidate(
         place=place,
         shape=shape,
@@ -261,6 +247,19 @@ def make_candidate(
         memory_request_gib=memory_gib,
         is_calibrated=factor is not None and narrows,
     )
+
+
+def _memory(place: Place, shape: RunShape, predictor: Predictor) -> tuple[RunMemory, RunMemory]:
+    """Of each card that holds the whole step, and what is planned: sharded where that is too much.
+
+    Both are one object where no sharding is needed, or none can be.
+    """
+    num_gpus = max(place.num_gpus, 1)
+    whole = run_memory(shape, num_gpus, predictor, card_gib=place.capacity_gib)
+    may_shard = num_gpus > 1 and shape.verb != "evaluate"
+    if may_shard and whole.peak_gib > place.capacity_gib:
+        return whole, sharded_memory(shape, num_gpus)
+    return whole, whole
 
 
 def _lacks_bf16(place: Place, shape: RunShape) -> bool:
