@@ -276,7 +276,8 @@ def test_parts_of_a_step_that_was_cut_are_not_kept_together():
             return super().__call__(query, key, value, scoring)
 
     cut = partial(score_packed, options=TreeOptions(max_tokens=50, kernel=Counting))
-    losses_and_gradients(model, BATCH, cut)
+    with pytest.warns(UserWarning, match="A step is cut into "):
+        losses_and_gradients(model, BATCH, cut)
     num_layers = model.config.num_hidden_layers
     # Every part runs once forward and once again when its gradient is due.
     assert len(alive) % (2 * num_layers) == 0

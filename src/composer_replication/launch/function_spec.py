@@ -30,7 +30,8 @@ _ENVIRONMENT = {
 
 REQUIRED_PACKAGES = (
     *("torch", "transformers", "trl", "accelerate", "huggingface-hub", "packaging", "datasets"),
-    *("pydantic", "rich", "tomlkit", "jaxtyping", "jinja2", "xxhash", "filelock", "psutil"),
+    *("pydantic", "rich", "markdown-it-py", "tomlkit", "jaxtyping", "jinja2", "xxhash"),
+    *("filelock", "psutil"),
     "safetensors",
 )
 """What this package depends on; a test holds it to pyproject.toml."""

@@ -23,7 +23,12 @@ from composer_replication.step.hidden_states import (
     zero_in_graph,
 )
 from composer_replication.step.tree_attention import RectangleKernel, TreeKernel
-from composer_replication.step.trie import Ids, PrefixTree, split_at_nodes
+from composer_replication.step.trie import (
+    Ids,
+    PrefixTree,
+    num_unique_tokens,
+    split_at_nodes,
+)
 
 CPU_HEAD_TILE_MIB = 32
 GPU_HEAD_TILE_MIB = 512
@@ -92,9 +97,10 @@ def forward_trees(
 
 
 def _warn_of_a_dear_cut(num_parts: int, num_rows: int, sequences: Sequence[Ids]) -> None:
-    """Say so where the parts of a cut step, computed twice, are more than sequences one by one."""
+    """Say so where what parts repeat makes them, computed twice, dearer than one by one."""
     num_tokens = sum(map(len, sequences))
-    if num_parts > 1 and 2 * num_rows > num_tokens:
+    is_dear = num_parts > 1 and 2 * num_rows > num_tokens
+    if is_dear and num_rows > num_unique_tokens(sequences):
         warnings.warn(
             f"A step is cut into {num_parts} parts, which compute {2 * num_rows} tokens where its "
             f"sequences one by one have {num_tokens}: what is longer than batch.tree_max_tokens is "

@@ -138,6 +138,8 @@ def test_a_bound_below_the_prefix_says_that_it_costs_more_than_separate_forwards
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         score_packed(model, tensors, NEEDS, StepSettings(), options=TreeOptions(max_tokens=23))
+        disjoint = rollouts([[i] * 20 for i in range(6)], [[30 + i, 31] for i in range(6)])
+        score_packed(model, disjoint, NEEDS, StepSettings(), options=options)
         score_packed(model, tensors, NEEDS, StepSettings(), options=TreeOptions())
 
 
