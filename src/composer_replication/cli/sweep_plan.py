@@ -1,6 +1,7 @@
 """A sweep planned as a whole: what its members take, which starts first, how many at a time."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from composer_replication.experiments.sweep_grid import SweepMember
     from composer_replication.planner.candidate import Candidate
     from composer_replication.planner.placement import Placement
+    from composer_replication.planner.places import On
     from composer_replication.planner.plan import Plan
 
 SWEEP_PLAN_SCHEMA = 1
@@ -64,7 +66,7 @@ class SweepPlan:
     bill: SweepBill | None = None
     """None: it runs here, for nothing."""
     placement: "Placement | None" = None
-    """Where it would end soonest, for one that runs here; None: no place is known."""
+    """Where it would end soonest, for one that runs here; None: not compared, or nowhere."""
 
     @property
     def planned_s(self) -> dict[str, float]:
@@ -109,8 +111,13 @@ def plan_key(member: "SweepMember") -> str:
     return member.config.model_dump_json(exclude={"name", "seed"})
 
 
-def plan_here(members: "list[SweepMember]", *, asked: int) -> SweepPlan:
+def plan_here(members: "list[SweepMember]", *, asked: int, compares: bool = False) -> SweepPlan:
     """The plan on this machine: as many at a time as were asked for and fit its memory.
+
+    Args:
+        members: still to be run.
+        asked: of them at a time.
+        compares: with Modal, too.
 
     Raises:
         DataError: data that no member could read.
@@ -119,21 +126,27 @@ def plan_here(members: "list[SweepMember]", *, asked: int) -> SweepPlan:
 
     from composer_replication.launch.pool import num_slots
     from composer_replication.planner.local_machine import this_machine
+    from composer_replication.planner.placement import place_runs
     from composer_replication.planner.plan import PlanRequest, make_plan
     from composer_replication.planner.prices import current_prices
 
     machine, prices, today = this_machine(), current_prices(), datetime.now(UTC).date()
+
+    def planned(member: "SweepMember", on: "On") -> "Plan":
+        request = PlanRequest(config=member.config, on=on, verb="train")
+        return make_plan(request, machine, prices=prices, today=today)
+
+    distinct = distinct_members(members)
     found: dict[str, Candidate] = {}
-    for key, member in distinct_members(members).items():
-        request = PlanRequest(config=member.config, on="local", verb="train")
+    for key, member in distinct.items():
         try:
-            plan = make_plan(request, machine, prices=prices, today=today)
+            found[key] = planned(member, "local").candidates[0]
         except (ModelError, ConfigError):
             # What the formulas do not know may well run: its memory is the user's to judge.
             slots = num_slots(asked, num_members=len(members), member_gib=None, free_gib=None)
             return SweepPlan(members, {}, slots)
-        found[key] = plan.candidates[0]
-    largest = max(found.values(), key=lambda candidate: candidate.memory.peak_gib)
+    largest_key = max(found, key=lambda key: found[key].memory.peak_gib)
+    largest = found[largest_key]
     member_gib, free_gib = largest.memory.peak_gib, largest.place.capacity_gib
     slots = num_slots(asked, num_members=len(members), member_gib=member_gib, free_gib=free_gib)
     if not largest.fits:
@@ -146,29 +159,14 @@ def plan_here(members: "list[SweepMember]", *, asked: int) -> SweepPlan:
             f"note  {slots} at a time instead of {asked}: a member is planned with "
             f"{member_gib:.1f} GiB, and there are {free_gib:.1f}.\n"
         )
-    config = next(m.config for m in members if found[plan_key(m)] is largest)
-    placement = _placement(config, largest, num_runs=len(members))
+    placement = None
+    if compares:
+        fitting = largest if largest.fits else None
+        with contextlib.suppress(ConfigError):
+            remote = planned(distinct[largest_key], "modal").chosen
+            placement = place_runs(len(members), fitting, remote, budget_usd=None)
     candidates = {m.name: found[plan_key(m)] for m in members}
     return SweepPlan(members, candidates, slots, placement=placement)
-
-
-def _placement(config: "RunConfig", local: "Candidate", *, num_runs: int) -> "Placement | None":
-    """Where so many runs like this one end soonest, of here and Modal without a cap."""
-    from datetime import UTC, datetime
-
-    from composer_replication.planner.local_machine import this_machine
-    from composer_replication.planner.placement import place_runs
-    from composer_replication.planner.plan import PlanRequest, make_plan
-    from composer_replication.planner.prices import current_prices
-
-    request = PlanRequest(config=config, on="modal", verb="train")
-    today = datetime.now(UTC).date()
-    try:
-        plan = make_plan(request, this_machine(), prices=current_prices(), today=today)
-        fitting = local if local.fits else None
-        return place_runs(num_runs, fitting, plan.chosen, budget_usd=None)
-    except ConfigError:
-        return None
 
 
 def show_sweep(

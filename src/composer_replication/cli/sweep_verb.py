@@ -75,7 +75,7 @@ def _sweep(options: argparse.Namespace) -> Answer:
         plan = (
             plan_sweep_on_modal(options, waiting, asked=asked)
             if is_remote
-            else plan_here(waiting, asked=asked)
+            else plan_here(waiting, asked=asked, compares=options.dry_run)
         )
     bill, num_parallel, num_done = plan.bill, plan.num_parallel, len(members) - len(waiting)
     if options.dry_run:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from composer_replication.environments.sandbox.confined_process import ConfinedProcess
+from composer_replication.environments.sandbox.confined_process import ConfinedProcess, is_utf8
 from composer_replication.environments.sandbox.hidden_tests import check_tests
 from composer_replication.environments.sandbox.launching import Mechanism
 from composer_replication.environments.sandbox.mechanisms import choose_mechanism
@@ -84,7 +84,7 @@ def judge_code(
     check_tests(tests)
     limits = limits or SandboxLimits()
     mechanism = mechanism or choose_mechanism()
-    if not _is_text(code):
+    if not is_utf8(code):
         problem = "not all tests could be run: the solution holds half of a surrogate pair"
         return CodeVerdict("incomplete", 0, 0, (problem,))
     report, endings, last_words = _run_both(code, tests, limits, mechanism)
@@ -107,15 +107,6 @@ def judge_code(
     stopped = rows[-1].get("stopped") if rows else None
     problems.append(f"not all tests could be run: {_reason(kind, stopped, last_words)}")
     return CodeVerdict(kind, len(ran), num_passed, tuple(problems))
-
-
-def _is_text(code: str) -> bool:
-    """Whether it can be written to a file."""
-    try:
-        code.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _run_both(

@@ -230,9 +230,17 @@ def _check_files(files: Mapping[str, str]) -> None:
                 f"{name!r} cannot be a file of the sandbox: all of them lie in one folder. "
                 "Give a plain name, such as 'main.py'."
             )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
+        if not is_utf8(text):
             raise DataError(
-                f"{name!r} cannot be a file of the sandbox: {error}. Give text that UTF-8 can hold."
-            ) from error
+                f"{name!r} cannot be a file of the sandbox: it holds half of a surrogate pair. "
+                "Give text that UTF-8 can hold."
+            )
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a file can hold it; half of a surrogate pair cannot be written."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
