@@ -49,6 +49,7 @@ from composer_replication.units import gib
 
 RESULTS = Path(__file__).parent / "results"
 NUM_GRID = 56
+NUM_CUT = 12
 NUM_WHOLE = 22
 """Of them with any mixture of channels; the others have one alone, which simulates in seconds."""
 SHAPES = ("shape:qwen2.5-0.5b", "shape:qwen2.5-1.5b", "shape:qwen2.5-7b")
@@ -79,6 +80,9 @@ MEASURED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     (QWEN3, ROWS, {"num_pairs": 0, "teacher": "live", "checkpoints": True, "autocasts": True}),
     (QWEN2, LONG, {"num_sites": 0, "lora_r": 8, "checkpoints": True} | PACKED),
     (EMBEDDED, ROWS | TURNS, {"teacher": "frozen"} | PACKED),
+    (EMBEDDED, ROWS, {"teacher": "ema", "tree_max_tokens": 400} | PACKED),
+    (QWEN2, LONG, {"teacher": "live", "autocasts": True, "tree_max_tokens": 250} | PACKED),
+    (QWEN3, LONG, {"lora_r": 8, "checkpoints": True, "tree_max_tokens": 300} | PACKED),
 ]
 
 
@@ -112,7 +116,7 @@ def measured_cases() -> list[tuple[str, StepCase]]:
 
 
 def grid_cases() -> list[tuple[str, StepCase]]:
-    """Configurations drawn at random, the same ones each time."""
+    """Configurations drawn at random, the same ones each time; and trees over their budget."""
     draw = random.Random(0)
     cases: list[tuple[str, StepCase]] = []
     while len(cases) < NUM_GRID:
@@ -148,6 +152,42 @@ def grid_cases() -> list[tuple[str, StepCase]]:
         if options["lora_r"] is not None and precision == "bf16":
             options["autocasts"] = True
         cases.append((name, StepCase(settings_of(name), **rows, **options)))
+    return cases + cut_cases()
+
+
+def cut_cases() -> list[tuple[str, StepCase]]:
+    """Trees that are cut into two to eight parts, by every teacher and precision."""
+    draw = random.Random(1)
+    cases: list[tuple[str, StepCase]] = []
+    for number in range(NUM_CUT):
+        name = draw.choice(SHAPES)
+        precision = draw.choice(["fp32", "autocast", "bf16"])
+        lora_r = draw.choice([None, 16])
+        state_tokens = draw.choice([192, 208])
+        case = StepCase(
+            settings_of(name),
+            num_rollouts=draw.choice([24, 32]),
+            num_prompts=draw.choice([1, 2, 4]),
+            prompt_tokens=192,
+            completion_tokens=draw.choice([64, 128]),
+            num_sites=2,
+            num_rollout_sites=draw.choice([0, 2]),
+            state_tokens=state_tokens,
+            hint_tokens=48,
+            action_tokens=48,
+            num_pairs=draw.choice([0, 2]),
+            pair_state_tokens=draw.choice([192, 256]),
+            pair_action_tokens=48,
+            teacher=("live", "ema", "frozen")[number % 3],
+            executor="packed",
+            tree_max_tokens=draw.choice([1536, 2560]),
+            weights_dtype="bfloat16" if precision == "bf16" else "float32",
+            autocasts=precision == "autocast" or (precision == "bf16" and lora_r is not None),
+            checkpoints=number % 4 == 0,
+            accumulates=draw.random() < 0.25,
+            lora_r=lora_r,
+        )
+        cases.append((name, case))
     return cases
 
 

@@ -266,10 +266,10 @@ def peer_settings(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _options(case: dict[str, Any]) -> str:
-    sizes = ("num_", "_tokens")
+    sizes = [name for name in case if name.startswith("num_") or name.endswith("_tokens")]
     found = [
         name if value is True else f"{name} {value}"
         for name, value in case.items()
-        if not (name.startswith(sizes[0]) or name.endswith(sizes[1]))
+        if name not in sizes or name == "tree_max_tokens"
     ]
     return ", ".join(found) or "defaults"

@@ -263,7 +263,8 @@ def _executor(case: StepCase) -> Executor:
     """The case's, with the tiles of its device: a simulation's own tensors are on a CPU."""
     if case.executor == "packed":
         tile_mib = CPU_HEAD_TILE_MIB if case.device_type == "cpu" else GPU_HEAD_TILE_MIB
-        return partial(score_packed, options=TreeOptions(head_tile_mib=tile_mib))
+        options = TreeOptions(max_tokens=case.tree_max_tokens, head_tile_mib=tile_mib)
+        return partial(score_packed, options=options)
     tile_rows = CPU_TILE_ROWS if case.device_type == "cpu" else GPU_TILE_ROWS
     return partial(score_separately, tile_rows=tile_rows)
 

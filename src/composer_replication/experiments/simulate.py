@@ -57,6 +57,8 @@ def simulate(case: StepCase) -> MemoryEstimate:
     with warnings.catch_warnings(), alike_tiles_skipped(), blocks_of(case.device_type):
         # Copying a teacher asks each tensor for its address, and copes without one.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        # The run itself says so, of its own rows.
+        warnings.filterwarnings("ignore", "A step is cut", UserWarning)
         # A name of transformers' own, which no user can change.
         warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
         shallow, deep = side_by_side(

@@ -39,6 +39,8 @@ class StepPhases:
         self._watched: set[nn.Module] = set()
         self._num_forwards = 0
         self._is_backward = False
+        self._runs_whole = False
+        """Inside a decoder's forward. A part of a tree that was cut has one in the backward too."""
         memory.restart_peak()
 
     def watch(self, model: nn.Module) -> None:
@@ -64,15 +66,18 @@ class StepPhases:
 
     def _enter_decoder(self, _module: nn.Module, _args: object) -> None:
         self._num_forwards += 1
+        self._runs_whole = True
         self.start(self._forward_stretch("embed"))
 
     def _leave_decoder(self, _module: nn.Module, _args: object, _output: object) -> None:
-        self.start(Stretch("loss", self._num_forwards, "head"))
+        self._runs_whole = False
+        phase = "backward" if self._is_backward else "loss"
+        self.start(Stretch(phase, self._num_forwards, "head"))
 
     def _entering(self, part: str) -> Callable[[nn.Module, object], None]:
         def hook(_module: nn.Module, _args: object) -> None:
-            # Under gradient checkpointing a layer runs again inside the backward.
-            if not self._is_backward:
+            # Under gradient checkpointing a layer runs again on its own, inside the backward.
+            if self._runs_whole:
                 self.start(self._forward_stretch(part))
 
         return hook
@@ -86,6 +91,8 @@ class StepPhases:
             stretch = Stretch("backward", self._num_forwards, part)
 
             def on_gradient(_grad: Tensor) -> None:
+                # A part that runs again stops at what it needs, before the decoder's end.
+                self._runs_whole = False
                 self.start(stretch)
 
             hidden.register_hook(on_gradient)
@@ -94,4 +101,5 @@ class StepPhases:
 
     def _forward_stretch(self, part: str) -> Stretch:
         phase = "policy_forward" if torch.is_grad_enabled() else "teacher"
+        phase = "backward" if self._is_backward else phase
         return Stretch(phase, self._num_forwards, part)

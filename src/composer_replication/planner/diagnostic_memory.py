@@ -1,6 +1,7 @@
 """Bytes beside what stays while `diagnostics.gradients_every` measures each channel's gradient.
 
-Every graph of the step is kept for the step's own backward. The channels take turns: each one's
+Every graph of the step is kept for the step's own backward; a tree that was cut has none, and each
+of its parts is computed again for every channel. The channels take turns: each one's
 backward leaves a whole gradient, which is then added to that channel's sum. All sums stay.
 """
 
@@ -58,17 +59,17 @@ def _channel_bytes(
     most = waiting = 0
     whole = grads.layers + grads.head * (1 if shape.is_tied else 2)
     for forward in reversed(forwards):
-        tokens = forward.num_tokens
-        again = layer_bytes(layer, forward) if case.checkpoints else 0
-        working = layer.working_per_token * tokens + grads.matrix + again
-        new = 0 if waiting else grads.head + grads.layers
-        ends = grads.head * (2 if shape.is_tied else 1)
-        stream = layer.output_per_token * tokens
-        most = max(
-            most,
-            waiting + head.backward_bytes(forward),
-            waiting + new + working,
-            waiting + new + stream + ends,
-        )
-        waiting = whole
+        most = max(most, waiting + head.backward_bytes(forward))
+        for piece in reversed(forward.pieces):
+            tokens = piece.num_tokens
+            again = layer_bytes(layer, piece) if case.checkpoints else 0
+            working = layer.working_per_token * tokens + grads.matrix + again
+            held = waiting + (0 if waiting else grads.head + grads.layers)
+            if forward.cuts:
+                held += graph_bytes(case, shape, layer, piece)
+                held += 2 * layer.output_per_token * forward.output_tokens
+            ends = grads.head * (2 if shape.is_tied else 1)
+            stream = layer.output_per_token * tokens
+            most = max(most, held + working, held + stream + ends)
+            waiting = whole
     return most

@@ -149,15 +149,15 @@ def _walk(case: StepCase, num_shards: int) -> Iterator[tuple[str, int]]:
     for forward in forwards:
         if forward.num_teacher_tokens:
             yield "teacher", held + _teacher_forward(case, shape, layer, forward)
-            held += layer.output_per_token * forward.num_teacher_tokens
+            held += layer.output_per_token * forward.teacher_output_tokens
         graph = graph_bytes(case, shape, layer, forward)
         yield "policy_forward", held + graph + _forward_peak(case, shape, layer, forward)
         held += graph
-        output = layer.output_per_token * forward.num_tokens
+        output = layer.output_per_token * forward.output_tokens
         yield "loss", held + output + head.forward_bytes(forward)
         held += head.saved_bytes(forward)
         if forward.num_teacher_tokens:
-            held -= layer.output_per_token * forward.num_teacher_tokens
+            held -= layer.output_per_token * forward.teacher_output_tokens
     yield from _walk_back(case, layer, head, forwards, held, num_shards)
     yield (
         "optimizer",
@@ -166,7 +166,9 @@ def _walk(case: StepCase, num_shards: int) -> Iterator[tuple[str, int]]:
 
 
 def graph_bytes(case: StepCase, shape: ModelShape, layer: LayerMemory, forward: Forward) -> int:
-    """What a forward keeps for its backward."""
+    """What a forward keeps for its backward; a cut tree keeps nothing."""
+    if forward.cuts:
+        return 0
     tokens, layers = forward.num_tokens, shape.num_layers
     per_layer = layer.input_per_token * tokens if case.checkpoints else layer_bytes(layer, forward)
     return layers * per_layer + layer.ends_per_token * tokens
@@ -186,20 +188,19 @@ def _teacher_forward(
     if case.casts_trained_weights:
         is_live = case.teacher == "live"
         cast = BF16 * (shape.num_parameters if is_live else shape.hidden * shape.intermediate)
-    return cast + layer.forward_per_token * forward.num_teacher_tokens
+    most_tokens = max(forward.teacher_cuts, default=forward.num_teacher_tokens)
+    return cast + layer.forward_per_token * most_tokens
 
 
 def _forward_peak(case: StepCase, shape: ModelShape, layer: LayerMemory, forward: Forward) -> int:
-    """Beside the graph: the cast head, and under checkpointing a layer and all cast weights."""
+    """Beside the graph: the cast head; where nothing is kept a layer and all cast weights too."""
     casts_head = case.autocasts and Precision.of(case).weights == FP32
     head = BF16 * shape.head_parameters if casts_head else 0
-    if not case.checkpoints:
+    if not (case.checkpoints or forward.cuts):
         return head
-    return (
-        head
-        + layer.forward_per_token * forward.num_tokens
-        + (shape.num_layers * layer.weight_copies)
-    )
+    most_tokens = max(piece.num_tokens for piece in forward.pieces)
+    layers = layer.forward_per_token * most_tokens + shape.num_layers * layer.weight_copies
+    return head + layers + (layer.output_per_token * forward.output_tokens if forward.cuts else 0)
 
 
 def _walk_back(
@@ -215,37 +216,44 @@ def _walk_back(
     grads = gradients_of(case, shape)
     # Gradients of a weight wait in autograd until every forward that used it has sent its part;
     # with one forward they go straight into what accumulates.
-    waits = not case.accumulates or len(forwards) > 1
-    waiting = 0
+    waits = not case.accumulates or sum(len(forward.pieces) for forward in forwards) > 1
+    is_first, waiting = True, 0
     for forward in reversed(forwards):
-        tokens = forward.num_tokens
         yield "backward", held + waiting + head.backward_bytes(forward)
         held -= head.saved_bytes(forward)
         if waiting and case.device_type == "cpu":
             # Autograd adds to what waits in place, but not while tensors are counted, as on a CPU.
             yield "backward", held + waiting + 2 * grads.head + head.rows_gradient_bytes(forward)
-        is_first = forward is forwards[-1] and waiting == 0
-        # A tied head's gradient waits for the embedding's in any case.
-        head_waits = is_first and (waits or shape.is_tied)
-        new_head = grads.head // num_shards if head_waits else 0
-        new_layers = grads.layers // num_shards if is_first and waits else 0
-        graph, ends = graph_bytes(case, shape, layer, forward), layer.ends_per_token * tokens
-        again = layer_bytes(layer, forward) if case.checkpoints else 0
-        working = layer.working_per_token * tokens + grads.matrix + again
-        stream = layer.output_per_token * tokens
-        # The top: everything is kept, and the last norm or the last layer works.
-        kept = held + waiting + new_head
-        yield "backward", kept + stream + 3 * FP32 * shape.hidden * tokens
-        yield "backward", kept + working - ends
-        # The bottom: one layer is left, and every gradient is there.
-        held -= graph
-        kept = held + waiting + new_head + new_layers
-        yield "backward", kept + working + (graph - ends) // shape.num_layers
-        # A tied head's gradient, the embedding's, and their sum.
-        yield "backward", kept + stream + grads.head * (2 if shape.is_tied else 1)
-        if is_first and waits:
-            heads = grads.head * (1 if shape.is_tied else 2)
-            waiting = (heads + grads.layers) // num_shards
+        # The parts of a cut tree have one gradient of what left the model.
+        shared = 2 * layer.output_per_token * forward.output_tokens if forward.cuts else 0
+        for piece in reversed(forward.pieces):
+            tokens, graph = piece.num_tokens, graph_bytes(case, shape, layer, piece)
+            if forward.cuts:
+                held += graph
+                yield "backward", held + waiting + shared + _forward_peak(case, shape, layer, piece)
+            # A tied head's gradient waits for the embedding's in any case.
+            head_waits = is_first and (waits or shape.is_tied)
+            new_head = grads.head // num_shards if head_waits else 0
+            new_layers = grads.layers // num_shards if is_first and waits else 0
+            ends = layer.ends_per_token * tokens
+            again = layer_bytes(layer, piece) if case.checkpoints else 0
+            working = layer.working_per_token * tokens + grads.matrix + again
+            stream = layer.output_per_token * tokens
+            # The top: everything is kept, and the last norm or the last layer works.
+            kept = held + waiting + shared + new_head
+            yield "backward", kept + stream + 3 * FP32 * shape.hidden * tokens
+            yield "backward", kept + working - ends
+            # The bottom: one layer is left, and every gradient is there.
+            held -= graph
+            kept = held + waiting + shared + new_head + new_layers
+            yield "backward", kept + working + (graph - ends) // shape.num_layers
+            # A tied head's gradient, the embedding's, and their sum; or what waits and its sum.
+            adds = shape.is_tied or (waiting and case.device_type == "cpu")
+            yield "backward", kept + stream + grads.head * (2 if adds else 1)
+            if is_first and waits:
+                heads = grads.head * (1 if shape.is_tied else 2)
+                waiting = (heads + grads.layers) // num_shards
+            is_first = False
 
 
 @dataclass(frozen=True, slots=True)

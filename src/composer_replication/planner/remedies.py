@@ -7,6 +7,8 @@ from composer_replication.config.execution_sections import LoraConfig
 from composer_replication.config.grpo_keys import grpo_count
 from composer_replication.config.run_config import RunConfig
 
+_TREE_TOKENS = (32_768, 16_384, 8_192, 4_096, 2_048)
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -30,15 +32,29 @@ def smallest_change(config: RunConfig, fits: Callable[[RunConfig], bool]) -> Cha
 
 
 def _changes(config: RunConfig) -> Iterator[Change]:
-    """Slower, then in smaller parts, then shorter, then less that is trained."""
+    """The same sums made slower, then smaller parts, shorter rows, less that is trained."""
     checkpointed = _with_grpo(config, gradient_checkpointing=True)
-    if not config.grpo.get("gradient_checkpointing"):
+    is_checkpointed = config.grpo.get("gradient_checkpointing")
+    also = "grpo.gradient_checkpointing = true and "
+    if not is_checkpointed:
         yield Change("grpo.gradient_checkpointing = true", checkpointed)
-    for base, before in ((config, ""), (checkpointed, "grpo.gradient_checkpointing = true and ")):
-        if before and config.grpo.get("gradient_checkpointing"):
+    yield from _cut_trees(config, "")
+    if not is_checkpointed:
+        yield from _cut_trees(checkpointed, also)
+    for base, before in ((config, ""), (checkpointed, also)):
+        if before and is_checkpointed:
             return
         yield from _smaller_parts(base, before)
         yield from _adapter(base, before)
+
+
+def _cut_trees(config: RunConfig, before: str) -> Iterator[Change]:
+    """Lower budgets of one forward, which change nothing where no tree is packed."""
+    for tokens in _TREE_TOKENS:
+        if tokens < (config.batch.tree_max_tokens or 2 * tokens):
+            batch = config.batch.model_copy(update={"tree_max_tokens": tokens})
+            changed = config.model_copy(update={"batch": batch})
+            yield Change(f"{before}batch.tree_max_tokens = {tokens}", changed)
 
 
 def _smaller_parts(config: RunConfig, before: str) -> Iterator[Change]:

@@ -194,6 +194,7 @@ def _setting(
         lora_targets=targets,
         checkpoints=bool(config.grpo.get("gradient_checkpointing", False)),
         executor="packed" if is_packed else "separate",
+        tree_max_tokens=config.batch.tree_max_tokens if is_packed else None,
         device_type=device_type,
         has_flash=has_flash,
     )

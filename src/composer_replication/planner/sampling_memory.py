@@ -1,8 +1,9 @@
 """Bytes beside what stays while rows are sampled, and while what was sampled is scored."""
 
 import math
+from dataclasses import replace
 
-from composer_replication.planner.forwards import Forward
+from composer_replication.planner.forwards import forwards_of
 from composer_replication.planner.head_memory import head_memory
 from composer_replication.planner.layer_memory import BF16, FP32, Precision, layer_memory
 from composer_replication.planner.model_shape import ModelShape, model_shape
@@ -46,15 +47,11 @@ def scoring_bytes(rollouts: RolloutShape, case: StepCase) -> int:
     is_tree = case.executor == "packed"
     rows = rollouts.num_rows if is_tree else case.num_rollouts
     prompts = math.ceil(rows * case.num_prompts / case.num_rollouts) if is_tree else rows
-    num_scored = rows * case.completion_tokens
-    forward = Forward(
-        prompts * case.prompt_tokens + num_scored,
-        num_scored,
-        tree_parts=((num_scored, False),) if is_tree else (),
-    )
-    hidden = layer.output_per_token * forward.num_tokens
+    alone = replace(case, num_sites=0, num_rollout_sites=0, num_pairs=0)
+    (forward,) = forwards_of(replace(alone, num_rollouts=rows, num_prompts=prompts))
+    hidden = layer.output_per_token * forward.output_tokens
     head = head_memory(case).forward_bytes(forward)
-    layers = layer.forward_per_token * forward.num_tokens
+    layers = layer.forward_per_token * max(piece.num_tokens for piece in forward.pieces)
     return max(layers, hidden + head) + _cast_weights(case, shape)
 
 

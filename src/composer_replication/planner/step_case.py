@@ -47,6 +47,8 @@ class StepCase:
     """A later micro-batch of its step: gradients are in memory before it starts."""
     executor: Literal["separate", "packed"] = "separate"
     """One forward for each role, or one for the tree of all rows."""
+    tree_max_tokens: int | None = None
+    """Most tokens of one forward of a tree; a larger one is cut into parts. None: no limit."""
     device_type: Literal["cpu", "cuda"] = "cpu"
     """Tiles and kernels differ; see `losses/head.py`."""
     has_flash: bool = True

@@ -7,6 +7,7 @@ a token reads every weight once. Ranges are wide until a run on the same device 
 """
 
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import NamedTuple
 
 from composer_replication.planner.forwards import Forward, forwards_of
@@ -200,7 +201,16 @@ def _micro_batch(shape: RunShape, model: ModelShape, speed: Speed) -> dict[str, 
     on_time = 0.5 if shape.alternates and case.num_sites and case.num_pairs else 1.0
     for number, forward in enumerate(forwards_of(case)):
         share = 1.0 if number == 0 else on_time
-        layers = _forward_s(shape, model, speed, forward.num_tokens, row, passes, launches)
+        layers = _forward_s(
+            shape,
+            model,
+            speed,
+            forward.num_tokens,
+            row,
+            passes,
+            launches,
+            max_tokens=case.tree_max_tokens if forward.cuts else None,
+        )
         train = train.plus(layers.times(share)).plus(_head_s(case, model, speed, forward, shape))
         if forward.num_teacher_tokens:
             scored = _forward_s(shape, model, speed, forward.num_teacher_tokens, row, 1, 1)
@@ -216,22 +226,25 @@ def _forward_s(
     row_tokens: int,
     passes: float,
     launches: float,
+    *,
+    max_tokens: int | None = None,
 ) -> Range:
-    """Layers of one forward and its backward."""
-    flops = [
-        passes * forward_flops(model, share * num_tokens, share * row_tokens)
-        for share in _shares(shape)
-    ]
+    """Layers of one forward and its backward; what is cut is computed again for its gradient."""
+    shares = _shares(shape)
+    num_parts = [1 if max_tokens is None else ceil(s * num_tokens / max_tokens) for s in shares]
     filled = num_tokens / (num_tokens + speed.half_tokens * 1024 / model.hidden)
-    traffic = _FORWARD_TRAFFIC * (2 if shape.case.checkpoints and passes > 1 else 1)
-    traffic += _BACKWARD_TRAFFIC if passes > 1 else 0
-    kept = layer_memory(shape.case).saved_per_token
-    moved = traffic * model.num_layers * kept * num_tokens
+    num_forwards = 2 if shape.case.checkpoints and passes > 1 else 1
+    backward_traffic = _BACKWARD_TRAFFIC if passes > 1 else 0
+    kept = model.num_layers * layer_memory(shape.case).saved_per_token * num_tokens
     found: list[float] = []
-    for guess, share in enumerate(_shares(shape)):
-        compute_s = flops[guess] / (speed.matrix_flops[guess] * filled)
-        move_s = share * moved / speed.bytes_per_s[guess]
-        launch_s = launches * model.num_layers * speed.layer_launch_s[guess]
+    for guess, share in enumerate(shares):
+        again = 1 if num_parts[guess] > 1 else 0
+        flops = forward_flops(model, share * num_tokens, share * row_tokens)
+        compute_s = (passes + again) * flops / (speed.matrix_flops[guess] * filled)
+        traffic = _FORWARD_TRAFFIC * (num_forwards + again) + backward_traffic
+        move_s = share * traffic * kept / speed.bytes_per_s[guess]
+        num_launches = num_parts[guess] * (launches + again)
+        launch_s = num_launches * model.num_layers * speed.layer_launch_s[guess]
         found.append(max(compute_s + move_s, launch_s))
     return Range(*found)
 

@@ -10,13 +10,14 @@ import torch
 from composer_replication.cli.entry import main
 from composer_replication.errors import ConfigError, ModelError
 from composer_replication.experiments import simulate as simulation
-from composer_replication.experiments.case_step import case_policy, case_tensors
+from composer_replication.experiments.case_step import CaseStep, case_policy, case_tensors
 from composer_replication.experiments.simulate import measure, simulate
 from composer_replication.losses import head, head_pass, sdpo
 from composer_replication.losses.head import tempered_logits
 from composer_replication.planner.forwards import forwards_of
 from composer_replication.planner.step_case import StepCase
-from composer_replication.step.trie import num_unique_tokens
+from composer_replication.step import tree_forward
+from composer_replication.step.trie import PrefixTree, num_unique_tokens
 from composer_replication.units import gib
 
 LAYERS = 4
@@ -52,11 +53,17 @@ BF16_LORA = {"lora_r": 4, "weights_dtype": "bfloat16", "autocasts": True}
         (QWEN2, {"teacher": "live", "executor": "packed"}),
         (LLAMA, {"autocasts": True, "checkpoints": True, "executor": "packed"}),
         (QWEN2, {"teacher": "frozen", "executor": "packed", **TURNS}),
+        # A tree in four parts, which are computed again one after the other.
+        (QWEN2, {"executor": "packed", "tree_max_tokens": 120}),
+        (LLAMA, {"teacher": "live", "executor": "packed", "autocasts": True, "checkpoints": True,
+                 "tree_max_tokens": 150}),
+        (QWEN2, {"teacher": "ema", "executor": "packed", "tree_max_tokens": 90, **BF16_LORA}),
         # The largest is the head with the teacher's beside it, which is a copy.
         (WIDE_HEAD, {"num_rollouts": 0, "num_pairs": 0, "state_tokens": 200,
                      "executor": "packed", "accumulates": True}),
     ],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:A step is cut")
 def test_two_shallow_fakes_give_what_the_deep_step_holds(model, options):
     case = StepCase(model, **(ROWS | options))
     real = measure(case, case_policy(case, device="cpu"))
@@ -91,6 +98,35 @@ def test_the_counted_tokens_are_the_rows_of_the_trees(turns, teacher):
     else:
         assert num_unique(rows) == pytest.approx(forward.num_tokens, abs=3)
         assert num_unique(hinted) == pytest.approx(forward.num_teacher_tokens, abs=3)
+
+
+@pytest.mark.parametrize("max_tokens", [100, 128, 200, 400])
+@pytest.mark.parametrize("teacher", ["live", "frozen"])
+@pytest.mark.parametrize("turns", [{}, TURNS, TURNS | {"num_sites": 5}])
+@pytest.mark.filterwarnings("ignore:A step is cut")
+def test_the_counted_parts_are_those_that_the_step_cuts(turns, teacher, max_tokens, monkeypatch):
+    """No part of the step has more tokens than the most that is planned for one, nor all more."""
+    case = StepCase(
+        QWEN2, teacher=teacher, executor="packed", tree_max_tokens=max_tokens, **(ROWS | turns)
+    )
+    trees = []
+
+    def noted(sequences):
+        trees.append(PrefixTree(sequences).num_rows)
+        return PrefixTree(sequences)
+
+    monkeypatch.setattr(tree_forward, "PrefixTree", noted)
+    with torch.no_grad():
+        CaseStep(case, case_tensors(case), case_policy(case, device="cpu")).loss()
+    (forward,) = forwards_of(case)
+    teacher_parts = forward.teacher_cuts or (forward.num_teacher_tokens,) * (teacher != "live")
+    parts = [piece.num_tokens for piece in forward.pieces]
+    found = len(teacher_parts)
+    for planned, real in ((teacher_parts, trees[:found]), (parts, trees[found:])):
+        # The order of the groups is that of their ids, and last tokens are not read.
+        assert abs(len(real) - len(planned)) <= 2
+        assert max(real, default=0) <= max(planned, default=0)
+        assert sum(real) == pytest.approx(sum(planned), rel=0.35)
 
 
 def test_an_architecture_whose_layers_do_not_repeat_is_refused():

@@ -161,6 +161,41 @@ def test_a_tree_reads_each_shared_prefix_once():
     assert policy.num_teacher_tokens == 2 * (960 + 32 + 32)
 
 
+def test_a_tree_over_its_budget_is_read_in_parts_that_keep_nothing():
+    """Two groups of two rollouts, then two sites and two pairs of 1,024, 1,056 tokens."""
+    packed = replace(NOTE, executor="packed", num_rollouts=4, num_prompts=2, tree_max_tokens=1500)
+    (tree,) = forwards_of(packed)
+    # A group is 768 + 2 x 256; nothing but a part's own rows is in it, so no prefix is repeated.
+    whole = [2 * 256 + 768] * 2 + [992] * 2 + [1056] * 2
+    assert tree.cuts == (1500, *whole[1:])
+    assert tree.num_tokens == sum(whole)
+    # A budget under a group repeats its prompt; a longer row is a part by itself.
+    (tree,) = forwards_of(replace(packed, tree_max_tokens=1024, num_sites=0, num_pairs=0))
+    assert tree.cuts == (1024,) * 4
+    assert tree.num_tokens == 4 * 1024
+    (tree,) = forwards_of(replace(packed, tree_max_tokens=100, num_sites=0, num_pairs=0))
+    assert tree.cuts == (1024,) * 4
+    (tree,) = forwards_of(replace(packed, tree_max_tokens=sum(whole)))
+    assert tree.cuts == ()
+
+
+def test_a_cut_tree_keeps_one_parts_graph_at_a_time():
+    """What a larger budget costs is the graph of its more tokens, whatever the tree has in all."""
+    rows = {"num_rollouts": 8, "num_prompts": 1, "prompt_tokens": 768, "completion_tokens": 256}
+    tree = StepCase(HALF_B, executor="packed", **rows)
+    # A part has one rollout, or two.
+    small, large = (predict(replace(tree, tree_max_tokens=tokens)) for tokens in (1024, 1280))
+    per_token = 24 * layer_memory(tree).saved_per_token
+    assert (large.peak_gib - small.peak_gib) * 2**30 == pytest.approx(256 * per_token, rel=0.02)
+    assert large.peak_gib < predict(tree).peak_gib
+    more = replace(tree, num_rollouts=80, tree_max_tokens=1280)
+    stays = 3 * 4 * 896 * 72 * 256
+    assert (predict(more).peak_gib - large.peak_gib) * 2**30 == pytest.approx(stays, rel=0.4)
+    # The forward keeps the scored rows alone.
+    forward = small.phases_gib["policy_forward"] - sum(small.persistent_gib.values())
+    assert forward * 2**30 < 0.1 * 1024 * per_token
+
+
 def test_one_tree_keeps_less_than_a_forward_for_each_role():
     separate = replace(NOTE, autocasts=True, device_type="cuda")
     packed = replace(separate, executor="packed")

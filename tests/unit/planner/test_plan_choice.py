@@ -346,13 +346,35 @@ def test_where_nothing_fits_the_change_is_named_for_the_cheapest_card_that_it_op
     planned, machine
 ):
     """The change opens a B300 too, which costs a multiple of what the run then needs."""
-    long = ["model=shape:qwen2.5-1.5b", "grpo.max_steps=200", "grpo.max_completion_length=16384"]
+    long = ["model=shape:qwen2.5-1.5b", "grpo.max_steps=200", "grpo.max_completion_length=16384",
+            "tree=off"]  # fmt: skip
     plan = planned(load_config(None, long), machine(), on="modal")
     assert plan.chosen is None
     label, setting = re.match(r"(\S+) would fit with (.+?) \(", plan.cheaper_fit).groups()
     changed = planned(load_config(None, [*long, setting.replace(" ", "")]), machine(), on="modal")
     assert one(changed, "B300").is_launchable
     assert changed.chosen.place.label == label != "B300"
+
+
+def test_a_lower_budget_of_one_forward_is_named_where_it_lets_a_run_fit(planned, machine):
+    """Checkpointing is on; a card holds a part of the step's tree and not the whole of it."""
+    long = ["model=shape:qwen2.5-1.5b", "lora.r=8", "grpo.max_steps=200",
+            "grpo.max_completion_length=4096", "grpo.gradient_checkpointing=true",
+            "grpo.num_generations=16", "grpo.per_device_train_batch_size=16"]  # fmt: skip
+    card = parse_gpu("L4")
+    plan = planned(load_config(None, long), machine(), on="modal", gpu=card)
+    assert not one(plan, "L4").fits
+    label, key, tokens = re.match(
+        r"(\S+) would fit with (batch\.tree_max_tokens) = (\d+) \(", plan.cheaper_fit
+    ).groups()
+    changed = load_config(None, [*long, f"{key}={tokens}"])
+    again = planned(changed, machine(), on="modal", gpu=card)
+    assert one(again, label).fits
+    # Parts are computed again when their gradient is due, and longer ones take no more time.
+    larger = load_config(None, [*long, f"{key}={2 * int(tokens)}"])
+    assert not one(planned(larger, machine(), on="modal", gpu=card), label).fits
+    whole_s, cut_s = (one(each, label).terms_s["train"].expected for each in (plan, again))
+    assert 1.1 * whole_s < cut_s < 1.4 * whole_s
 
 
 def test_an_adapter_as_the_change_keeps_the_teacher_or_says_otherwise(planned, machine):
