@@ -43,8 +43,9 @@ from composer_replication.experiments.case_step import (
 )
 from composer_replication.experiments.simulate import measure, simulate
 from composer_replication.planner.memory import predict
+from composer_replication.planner.model_files import EMBEDDED_SPEC
 from composer_replication.planner.step_case import StepCase
-from composer_replication.training.model_source import EMBEDDED_SPEC, load_model
+from composer_replication.training.model_source import load_model
 from composer_replication.units import gib
 
 RESULTS = Path(__file__).parent / "results"

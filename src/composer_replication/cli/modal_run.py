@@ -225,10 +225,16 @@ def with_limits(
 
 
 def _card_name(asked: str | None, chosen: "Candidate", *, is_measured: bool) -> str:
-    """As Modal spells it; a measured run pins H100, which may become an H200 otherwise."""
-    place = chosen.place
-    pins = place.name == "H100" and (is_measured or (asked or "").partition(":")[0].endswith("!"))
-    name = f"{place.name}!" if pins else place.name
+    """As Modal spells it; a measured run pins H100, which may become an H200 otherwise.
+
+    `B200+` takes a B300 too, at the same price.
+    """
+    place, asked_name = chosen.place, (asked or "").partition(":")[0]
+    name = place.name
+    if name == "H100" and (is_measured or asked_name.endswith("!")):
+        name = "H100!"
+    elif name == "B200" and asked_name.endswith("+"):
+        name = "B200+"
     return name if place.num_gpus <= 1 else f"{name}:{place.num_gpus}"
 
 

@@ -20,7 +20,7 @@ from composer_replication.cli.sweep_plan import (
     plan_key,
     print_sweep,
 )
-from composer_replication.errors import BudgetError, ComposerError
+from composer_replication.errors import BudgetError, ComposerError, ConfigError
 
 if TYPE_CHECKING:
     from composer_replication.experiments.sweep_grid import SweepMember
@@ -36,21 +36,26 @@ _SWEEP_ID_FILE = "sweep_id"
 def plan_sweep_on_modal(
     options: argparse.Namespace, members: "list[SweepMember]", *, asked: int
 ) -> SweepPlan:
-    """Every point on the card of the one that needs the most memory.
+    """Every point on the card of the one that needs the most memory, or on one that takes all.
 
     Raises:
         BudgetError: the cap is under the worst case of one member.
+        ConfigError: no card takes every member.
         InputError: a member that fits nowhere.
     """
     distinct = distinct_members(members)
     plans = {
         key: plan_on_modal("train", options, member.config) for key, member in distinct.items()
     }
-    key_of_largest, largest = max(
-        ((key, plan.chosen) for key, plan in plans.items() if plan.chosen is not None),
-        key=lambda pair: (pair[1].memory.peak_gib, pair[1].worst_usd),
-    )
-    there = {key: _on_card(plan, largest) for key, plan in plans.items()}
+    there = _on_one_card(plans)
+    key_of_largest = max(there, key=lambda key: (there[key].memory.peak_gib, there[key].worst_usd))
+    largest = there[key_of_largest]
+    alone = plans[key_of_largest].chosen
+    if alone is not None and alone.place.label != largest.place.label:
+        sys.stderr.write(
+            f"note  all members go to {largest.place.label}: not all of them can run on "
+            f"{alone.place.label}, which the largest alone would take.\n"
+        )
     # The function has one time-out: that of the longest member, on the card of the largest.
     longest = max(there.values(), key=lambda c: c.timeout_s)
     candidate = replace(largest, timeout_s=longest.timeout_s, worst_usd=longest.worst_usd)
@@ -148,12 +153,33 @@ def sweep_billed_usd(sweep_folder: Path) -> float | None:
     return modal_job.billed_usd(sweep_id, begun_s)
 
 
-def _on_card(plan: "Plan", largest: "Candidate") -> "Candidate":
-    """The plan's candidate on the card that all members get."""
-    same = (c for c in plan.candidates if c.place.label == largest.place.label)
-    found = next(same, plan.chosen)
-    assert found is not None, "a plan without a place was refused"
-    return found
+def _on_one_card(plans: "dict[str, Plan]") -> "dict[str, Candidate]":
+    """The candidates of all points on one card.
+
+    That is what the point with the most memory would take; where another point cannot run there,
+    for its time-out say, the cheapest that all can take.
+    """
+    chosen = [plan.chosen for plan in plans.values() if plan.chosen is not None]
+    first = max(chosen, key=lambda c: (c.memory.peak_gib, c.worst_usd)).place.label
+    there: dict[str, dict[str, Candidate]] = {}
+    for key, plan in plans.items():
+        for candidate in plan.candidates:
+            there.setdefault(candidate.place.label, {})[key] = candidate
+    takes_all = {
+        label: found
+        for label, found in there.items()
+        if len(found) == len(plans) and all(each.is_launchable for each in found.values())
+    }
+    if first in takes_all:
+        return takes_all[first]
+    if not takes_all:
+        labels = ", ".join(sorted({candidate.place.label for candidate in chosen}))
+        raise ConfigError(
+            f"The members of a sweep share one card, and none takes them all: alone they would "
+            f"take {labels}. Raise modal.timeout_s, save checkpoints more often, or sweep what "
+            "needs another card by itself. Nothing was sent."
+        )
+    return min(takes_all.values(), key=lambda found: sum(c.expected_usd for c in found.values()))
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """`activation_memory`: the founding note's bound on what a step holds beside what stays."""
 
 from composer_replication.experiments.extra_steps import ExtraStep
+from composer_replication.planner.model_files import REFERENCE_SPEC, SHAPE_PREFIX
 from composer_replication.runs.summary import Check
-from composer_replication.training.model_source import REFERENCE_SPEC, SHAPE_PREFIX
 
 NAME = "activation_memory"
 BOUND_GIB = 16.0

@@ -243,11 +243,8 @@ def _hub_line() -> DoctorLine:
     """Whether the reference model can be had from the hub or its cache."""
     from huggingface_hub import is_offline_mode
 
-    from composer_replication.training.model_source import (
-        REFERENCE_SPEC,
-        hub_is_reachable,
-        is_cached,
-    )
+    from composer_replication.planner.model_files import REFERENCE_SPEC
+    from composer_replication.training.model_source import hub_is_reachable, is_cached
 
     if is_cached(REFERENCE_SPEC):
         return DoctorLine("hub", True, f"{REFERENCE_SPEC} is in the local cache", "")

@@ -22,10 +22,9 @@ from composer_replication.experiments.evaluation_data import is_run_folder
 from composer_replication.launch.bundle import packed_folder, packed_module, refuse_too_much
 from composer_replication.launch.job import MAX_FILE_BYTES, VOLUME_FOLDER
 from composer_replication.launch.records import load_records
-from composer_replication.planner.model_files import model_settings
+from composer_replication.planner.model_files import EMBEDDED_SPEC, model_settings
 from composer_replication.planner.model_shape import model_shape
 from composer_replication.training.embedded_model import default_cache_dir
-from composer_replication.training.model_source import EMBEDDED_SPEC
 
 _MODEL_SUFFIXES = {".json", ".safetensors", ".jinja", ".txt", ".model"}
 """Of a checkpoint's files those that hold the model; the others hold the state of its training."""

@@ -32,12 +32,12 @@ from composer_replication.experiments.run_data import (
     load_run_data,
     shipped_data,
 )
+from composer_replication.planner.model_files import SHAPE_PREFIX
 from composer_replication.runs.run_directory import RunDirectory
 from composer_replication.step.channels import CHANNELS
 from composer_replication.step.optimizer_step import find_channel
 from composer_replication.training.composer_config import ComposerConfig
 from composer_replication.training.model_source import (
-    SHAPE_PREFIX,
     LoadedModel,
     check_model_spec,
     default_model_spec,

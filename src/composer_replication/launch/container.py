@@ -19,7 +19,7 @@ from typing import cast
 from composer_replication.errors import LaunchError
 from composer_replication.launch.job import VOLUME_FOLDER, Job, command_line, write_files
 from composer_replication.launch.processes import run_process
-from composer_replication.planner.cost import working_s
+from composer_replication.planner.cost import ENDING_S, working_s
 from composer_replication.runs.atomic_files import (
     NO_ROOM,
     write_bytes_atomically,
@@ -42,8 +42,9 @@ LONGEST_COMMIT_S = 300.0
 """No commit takes longer; a checkpoint of 7B with its optimizer is about 30 GB."""
 _ENDING_S = 1.0
 """Between the body's return and the end of its container, which is billed until then."""
-GRACE_S = 15.0
-"""Between asking a run to end and killing it; a preempted container has 30 s in all."""
+GRACE_S = ENDING_S / 2
+"""Between asking a run to end and killing it; a preempted container has 30 s in all, and the rest
+is for the last commit."""
 
 _PROBE_BYTES = 1024**2
 """A summary and a row of metrics are smaller."""

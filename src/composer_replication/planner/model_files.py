@@ -18,9 +18,10 @@ Settings = Mapping[str, object]
 
 
 def shipped_shapes() -> list[str]:
-    """Names that may follow `shape:`."""
+    """Names that may follow `shape:`, smallest model first."""
     folder = files("composer_replication.config").joinpath("shapes")
-    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir())
+    names = [entry.name.removesuffix(".json") for entry in folder.iterdir()]
+    return sorted(names, key=lambda name: float(name.rsplit("-", 1)[-1].removesuffix("b")))
 
 
 def shipped_config(name: str) -> Settings:
@@ -118,13 +119,28 @@ def _read(path: Path, spec: str) -> Settings:
             "Correct it, or download it again."
         )
     found = cast("dict[str, object]", settings)
-    quantized = found.get("quantization_config")
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        raise ModelError(
-            f"{spec} holds quantised weights ({method or 'an unknown method'}), which no optimizer "
-            "step can change, so there is no run to plan. Give the repository of the full weights."
-        )
+    refuse_quantised(spec, found.get("quantization_config"))
     text_config = found.get("text_config")
     # Models of several kinds of input keep the decoder's sizes one level down.
     return cast("Settings", text_config) if isinstance(text_config, dict) else found
+
+
+def refuse_quantised(spec: str, quantization_config: object) -> None:
+    """Nothing, where the weights are whole.
+
+    Args:
+        spec: of the model, for the message.
+        quantization_config: as its `config.json` has it; None: it has none.
+
+    Raises:
+        ModelError: there is one.
+    """
+    if quantization_config is None:
+        return
+    known = cast("Mapping[str, object]", quantization_config)
+    method = known.get("quant_method") if isinstance(quantization_config, Mapping) else None
+    raise ModelError(
+        f"{spec} holds quantised weights ({method or 'an unknown method'}), which no optimizer "
+        "step can change. Give the repository of the full weights; [lora] trains an adapter on "
+        "them in bf16."
+    )

@@ -33,6 +33,13 @@ from transformers import (
 )
 
 from composer_replication.errors import ModelError, nearest
+from composer_replication.planner.model_files import (
+    EMBEDDED_SPEC,
+    REFERENCE_SPEC,
+    SHAPE_PREFIX,
+    refuse_quantised,
+    shipped_shapes,
+)
 from composer_replication.training.embedded_model import (
     EMBEDDED_LABEL,
     check_embedded_model,
@@ -42,13 +49,8 @@ from composer_replication.training.model_weights import missing_weights, read_we
 from composer_replication.training.shape_models import (
     build_shape_model,
     shape_config,
-    shape_names,
 )
 from composer_replication.training.tokenizer_source import checked_tokenizer
-
-EMBEDDED_SPEC = "smollm2-135m"
-SHAPE_PREFIX = "shape:"
-REFERENCE_SPEC = "Qwen/Qwen2.5-0.5B-Instruct"
 
 
 @dataclass(frozen=True)
@@ -309,7 +311,7 @@ def _local_folder(spec: str) -> Path | None:
 def _hub_snapshot(spec: str, is_local: bool) -> Path:
     """The hub cache's folder with the repository's config.json, downloaded unless `is_local`."""
     if "/" not in spec:
-        hint = nearest(spec, [EMBEDDED_SPEC, *(SHAPE_PREFIX + name for name in shape_names())])
+        hint = nearest(spec, [EMBEDDED_SPEC, *(SHAPE_PREFIX + name for name in shipped_shapes())])
         raise ModelError(f"{spec!r} is no model that this package knows. {hint} {_known_specs()}")
     try:
         return Path(hf_hub_download(spec, "config.json", local_files_only=is_local)).parent
@@ -359,13 +361,7 @@ def _causal_lm_config(spec: str, folder: Path) -> PreTrainedConfig:
             f"{spec}: {folder / 'config.json'} describes no model that transformers can build "
             f"({' '.join(str(error).split())}). Correct it, or download it again."
         ) from error
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        method = dict(quantized).get("quant_method", "an unknown method")
-        raise ModelError(
-            f"{spec} holds quantised weights ({method}), which no optimizer step can change. Give "
-            "the repository of the full weights; [lora] trains an adapter on them in bf16."
-        )
+    refuse_quantised(spec, getattr(config, "quantization_config", None))
     if config.is_encoder_decoder:
         raise ModelError(
             f"{spec} is an encoder-decoder model ({model_type}). Prompt and completion must be one "
@@ -381,5 +377,5 @@ def _causal_lm_config(spec: str, folder: Path) -> PreTrainedConfig:
 
 def _known_specs() -> str:
     """The sentence that tells what a model can be."""
-    shapes = ", ".join(SHAPE_PREFIX + name for name in shape_names())
+    shapes = ", ".join(SHAPE_PREFIX + name for name in shipped_shapes())
     return f"A model is {EMBEDDED_SPEC}, {shapes}, a local directory or a hub id (owner/name)."

@@ -4,8 +4,7 @@ The configurations are `config/shapes/*.json`. The weights mean nothing and ever
 the tokenizer is SmolLM2's, whose 49 152 tokens lie inside the shape's full vocabulary.
 """
 
-import json
-from importlib import resources
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +17,11 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from composer_replication.errors import ModelError, nearest
+from composer_replication.planner.model_files import shipped_config
 
 # A prime number of values: no row length divides it, so a tensor larger than the block repeats
 # its values at another column each time and no two rows are equal.
 _BLOCK_LEN = 16_777_213
-
-
-def shape_names() -> list[str]:
-    """Names that may follow `shape:`, smallest model first."""
-    folder = resources.files("composer_replication.config") / "shapes"
-    names = [file.name.removesuffix(".json") for file in folder.iterdir()]
-    return sorted(names, key=lambda name: float(name.rsplit("-", 1)[-1].removesuffix("b")))
 
 
 def shape_config(name: str) -> PreTrainedConfig:
@@ -38,14 +30,8 @@ def shape_config(name: str) -> PreTrainedConfig:
     Raises:
         ModelError: no such shape is shipped.
     """
-    if name not in shape_names():
-        raise ModelError(
-            f"shape:{name} is not a shape that this package ships. {nearest(name, shape_names())} "
-            "A model of your own can be given as a local directory."
-        )
-    file = resources.files("composer_replication.config") / "shapes" / f"{name}.json"
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    settings = dict(shipped_config(name))
+    return AutoConfig.for_model(cast(str, settings.pop("model_type")), **settings)
 
 
 def build_shape_model(

@@ -27,7 +27,7 @@ from composer_replication.experiments.doctor import (
     render_doctor,
     run_doctor,
 )
-from composer_replication.training.model_source import REFERENCE_SPEC
+from composer_replication.planner.model_files import REFERENCE_SPEC
 
 COMMIT = "0123456789012345678901234567890123456789"
 

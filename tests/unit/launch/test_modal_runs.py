@@ -11,7 +11,7 @@ from fake_modal import random_preemptions
 from grpclib import Status
 from remote_cli import cli, content_of, ledger_of
 
-from composer_replication.cli import modal_calls
+from composer_replication.cli import main, modal_calls
 from composer_replication.launch.ledger import Ledger
 from composer_replication.launch.records import load_records
 
@@ -96,10 +96,19 @@ def test_the_created_function_is_the_one_that_a_dry_run_prints(platform, workpla
     assert any(name.endswith("planner/modal_prices.json") for name in data)
 
 
-def test_a_measured_run_gets_the_h100_that_was_asked_for_and_no_h200(workplace):
-    for verb, card in (("smoke", "H100!"), ("train", "H100")):
-        options = ["--on", "modal", "--gpu", "H100", "--dry-run", "--json"]
-        assert json.loads(cli(verb, "base.toml", *options).stdout)["function"]["gpu"] == card
+def test_a_measured_run_gets_the_h100_that_was_asked_for_and_no_h200(workplace, capsys):
+    for verb, asked, card in (
+        ("smoke", "H100", "H100!"),
+        ("train", "H100", "H100"),
+        ("train", "H100!:2", "H100!:2"),
+        # At the price of a B200, a B300 where there is one.
+        ("train", "B200+", "B200+"),
+        ("train", "B200", "B200"),
+    ):
+        assert (
+            main([verb, "base.toml", "--on", "modal", "--gpu", asked, "--dry-run", "--json"]) == 0
+        )
+        assert json.loads(capsys.readouterr().out)["function"]["gpu"] == card
 
 
 def test_a_preempted_run_ends_as_one_that_was_not_and_no_dollar_counts_twice(

@@ -204,6 +204,31 @@ def test_a_dry_run_on_modal_prices_the_whole_sweep_without_credentials(
     assert not (workplace / "runs").exists()
 
 
+def test_a_sweep_on_modal_takes_a_card_on_which_every_member_ends(workplace, capsys):
+    """With checkpointing a member needs less memory and more time, which a cheap card lacks."""
+    command = ["sweep", "base.toml", "--on", "modal", "--dry-run", "--json",
+               "--set", "model=shape:qwen2.5-0.5b", "--set", "grpo.max_steps=4000",
+               "--set", "grpo.save_strategy=no", "--set", "grpo.max_completion_length=256",
+               "--grid"]  # fmt: skip
+    key = "grpo.gradient_checkpointing"
+    alone = {}
+    for value in ("false", "true"):
+        assert main([*command, f"{key}={value}", "--gpu", "L4"]) == 0
+        alone[value] = json.loads(capsys.readouterr().out)["members"][0]["wall_s"]
+    assert alone["true"] > alone["false"] + 200
+    timeout_s = round((alone["true"] + alone["false"]) / 2)
+    limit = ["--set", f"modal.timeout_s={timeout_s}"]
+    # The larger member alone stays where it is cheapest.
+    assert main([*command, f"{key}=false", *limit]) == 0
+    cheap = json.loads(capsys.readouterr().out)["function"]["gpu"]
+    assert main([*command, f"{key}=true", *limit, "--gpu", cheap]) == 2
+    capsys.readouterr()
+    assert main([*command, f"{key}=false,true", *limit]) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert both["function"]["gpu"] != cheap
+    assert max(row["wall_s"] for row in both["members"]) < timeout_s
+
+
 def test_a_resumed_sweep_plans_and_prices_what_is_not_done(workplace, capsys):
     assert main(COMMAND) == 0
     capsys.readouterr()

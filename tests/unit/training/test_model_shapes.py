@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_replication.errors import ModelError
+from composer_replication.planner.model_files import shipped_shapes
 from composer_replication.training.shape_models import (
     build_shape_model,
     shape_config,
-    shape_names,
 )
 
 SHAPE = "qwen2.5-0.5b"
@@ -41,7 +41,7 @@ def test_shapes_have_the_published_number_of_parameters(name: str, num_parameter
 
 
 def test_every_shape_is_tested_and_sorted_by_size() -> None:
-    assert shape_names() == ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"]
+    assert shipped_shapes() == ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"]
 
 
 def test_positions_and_norms_are_qwens() -> None:
@@ -108,5 +108,5 @@ def test_unknown_shape_is_told_with_the_nearest() -> None:
         shape_config("qwen2.5-0.6b")
     assert str(raised.value) == (
         "shape:qwen2.5-0.6b is not a shape that this package ships. Did you mean 'qwen2.5-0.5b'? "
-        "A model of your own can be given as a local directory."
+        "A model of your own can be given as a folder."
     )

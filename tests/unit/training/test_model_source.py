@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from composer_replication.errors import MissingDependencyError, ModelError
+from composer_replication.planner.model_files import REFERENCE_SPEC
 from composer_replication.training import model_source
 from composer_replication.training.model_source import (
-    REFERENCE_SPEC,
     check_model_spec,
     default_model_spec,
     hub_is_reachable,
