@@ -59,8 +59,9 @@ from composer_replication.experiments.trainer_setup import (
 from composer_replication.runs.run_directory import RunDirectory
 from composer_replication.runs.step_rows import StepRow
 from composer_replication.traces.json_lines import Row
-from composer_replication.training.metrics import MetricsRow, StepMetricsCallback, peak_gib
+from composer_replication.training.metrics import MetricsRow, StepMetricsCallback
 from composer_replication.training.model_source import LoadedModel
+from composer_replication.training.peak_memory import peak_gib
 from composer_replication.training.trainer import ComposerReplicationTrainer
 
 RESULT_SCHEMA = 1

@@ -19,7 +19,8 @@ from composer_replication.experiments.run_data import Row
 from composer_replication.traces.hints import HintSite
 from composer_replication.traces.pairs import PreferencePair
 from composer_replication.traces.trace import messages_from
-from composer_replication.training.metrics import StepClock, peak_gib
+from composer_replication.training.metrics import StepClock
+from composer_replication.training.peak_memory import peak_gib
 from composer_replication.training.references import fill_references, score_references
 from composer_replication.training.teacher import PolicyTeacher
 from composer_replication.training.tensor_memory import tensor_peak_gib

@@ -11,7 +11,8 @@ from composer_replication.experiments.run_figures import channel_figures, percen
 from composer_replication.experiments.trainer_setup import RunParts, device, device_label
 from composer_replication.runs.run_directory import RunDirectory
 from composer_replication.runs.summary import Check, Summary
-from composer_replication.training.metrics import MetricsRow, peak_reserved_gib
+from composer_replication.training.metrics import MetricsRow
+from composer_replication.training.peak_memory import peak_reserved_gib
 
 
 @dataclass(slots=True)

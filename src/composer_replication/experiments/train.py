@@ -29,9 +29,9 @@ from composer_replication.runs.process_age import cold_start_s
 from composer_replication.runs.run_directory import RunDirectory
 from composer_replication.runs.step_rows import StepRow
 from composer_replication.runs.summary import Summary
-from composer_replication.training.metrics import StepMetricsCallback, peak_gib, reset_peak
+from composer_replication.training.metrics import StepMetricsCallback, TensorPeakCallback
 from composer_replication.training.model_source import LoadedModel
-from composer_replication.training.tensor_memory import TensorPeakCallback
+from composer_replication.training.peak_memory import peak_gib, reset_peak
 from composer_replication.training.trainer import ComposerReplicationTrainer
 
 

@@ -1,8 +1,6 @@
 """Per-step measurements: channel totals over micro-batches and ranks, seconds, peak memory."""
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -11,7 +9,11 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from composer_replication.training.peak_memory import peak_gib
+from composer_replication.training.tensor_memory import TensorMemory, tensors_in_memory
 from composer_replication.units import gib
+
+_MEASURED_STEP = 2
 
 MetricsRow = dict[str, float | int | str | None]
 
@@ -62,24 +64,6 @@ class StepClock:
         # Without this a GPU's clock measures how long it took to queue the work.
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def peak_gib(device: torch.device) -> float:
-    """The allocator's peak on CUDA, the process's peak resident size on CPU."""
-    if device.type == "cuda":
-        return gib(torch.cuda.max_memory_allocated(device))
-    return gib(_peak_resident_bytes())
-
-
-def peak_reserved_gib(device: torch.device) -> float | None:
-    """The most that CUDA's caching allocator held; None on CPU, which has no such pool."""
-    return gib(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else None
-
-
-def reset_peak(device: torch.device) -> None:
-    """Forget the peaks so far on CUDA; the operating system keeps a process's peak."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 class StepMetricsCallback(TrainerCallback):
@@ -149,7 +133,37 @@ class StepMetricsCallback(TrainerCallback):
         self._on_row(row)
 
 
-def _peak_resident_bytes() -> int:
-    # Linux counts in KiB, macOS in bytes.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+class TensorPeakCallback(TrainerCallback):
+    """The tensor peak of a run: of its second step on a CPU, of all of it on CUDA.
+
+    Every other step runs unwatched; the second is the first with the optimizer's state in memory.
+    """
+
+    def __init__(self, device: torch.device, *, is_on: bool = True) -> None:
+        """Measure on `device`, or not at all."""
+        self.peak_gib: float | None = None
+        """None until something was measured."""
+        self._device = device
+        self._measured_step = _MEASURED_STEP if is_on else None
+        self._memory: TensorMemory | None = None
+
+    def on_step_begin(
+        self, args: object, state: TrainerState, control: object, **kwargs: object
+    ) -> None:
+        """Start counting where the measured step starts."""
+        del args, control, kwargs
+        if self._device.type == "cpu" and state.global_step + 1 == self._measured_step:
+            self._memory = TensorMemory(held=tensors_in_memory())
+            self._memory.__enter__()
+
+    def on_step_end(
+        self, args: object, state: TrainerState, control: object, **kwargs: object
+    ) -> None:
+        """Stop counting where it ends."""
+        del args, state, control, kwargs
+        if self._memory is not None:
+            self._memory.__exit__(None, None, None)
+            self.peak_gib = gib(self._memory.peak_bytes)
+            self._memory = None
+        elif self._device.type == "cuda" and self._measured_step is not None:
+            self.peak_gib = peak_gib(self._device)

@@ -20,7 +20,7 @@ from torch import nn
 from composer_replication.config.run_config import RunConfig
 from composer_replication.errors import MemoryLimitError
 from composer_replication.training.memory_remedies import MemoryFigures, Phase, Remedy, remedies
-from composer_replication.training.metrics import peak_gib
+from composer_replication.training.peak_memory import peak_gib
 from composer_replication.units import gib
 
 _FAILURES = (

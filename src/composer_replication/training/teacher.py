@@ -12,7 +12,6 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from composer_replication.step.hidden_states import causal_lm
 from composer_replication.step.separate import in_eval_mode
@@ -104,18 +103,6 @@ class CopyTeacher:
         """Overwrite the copy's parameters."""
         for name, parameter in self._model.named_parameters():
             parameter.copy_(state[name])
-
-
-class TeacherCallback(TrainerCallback):
-    """Lets the teacher follow the policy once an optimizer step."""
-
-    def __init__(self, teacher: Teacher) -> None:
-        self._teacher = teacher
-
-    def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        """Update the teacher after the optimizer moved the policy."""
-        del args, state, control, kwargs
-        self._teacher.update()
 
 
 def make_teacher(

@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import TrainerCallback, TrainerState
 
-from composer_replication.training.metrics import peak_gib, reset_peak
+from composer_replication.training.peak_memory import peak_gib, reset_peak
 from composer_replication.units import gib
-
-_MEASURED_STEP = 2
 
 
 class TensorMemory(TorchDispatchMode):
@@ -110,42 +107,6 @@ def tensor_peak_gib(device: torch.device) -> Iterator[Callable[[], float]]:
         return
     with TensorMemory(held=tensors_in_memory()) as memory:
         yield lambda: gib(memory.peak_bytes)
-
-
-class TensorPeakCallback(TrainerCallback):
-    """The tensor peak of a run: of its second step on a CPU, of all of it on CUDA.
-
-    Every other step runs unwatched; the second is the first with the optimizer's state in memory.
-    """
-
-    def __init__(self, device: torch.device, *, is_on: bool = True) -> None:
-        """Measure on `device`, or not at all."""
-        self.peak_gib: float | None = None
-        """None until something was measured."""
-        self._device = device
-        self._measured_step = _MEASURED_STEP if is_on else None
-        self._memory: TensorMemory | None = None
-
-    def on_step_begin(
-        self, args: object, state: TrainerState, control: object, **kwargs: object
-    ) -> None:
-        """Start counting where the measured step starts."""
-        del args, control, kwargs
-        if self._device.type == "cpu" and state.global_step + 1 == self._measured_step:
-            self._memory = TensorMemory(held=tensors_in_memory())
-            self._memory.__enter__()
-
-    def on_step_end(
-        self, args: object, state: TrainerState, control: object, **kwargs: object
-    ) -> None:
-        """Stop counting where it ends."""
-        del args, state, control, kwargs
-        if self._memory is not None:
-            self._memory.__exit__(None, None, None)
-            self.peak_gib = gib(self._memory.peak_bytes)
-            self._memory = None
-        elif self._device.type == "cuda" and self._measured_step is not None:
-            self.peak_gib = peak_gib(self._device)
 
 
 def tensors_in_memory() -> list[Tensor]:

@@ -48,7 +48,8 @@ from composer_replication.training.rollouts import EnvironmentRollouts
 from composer_replication.training.run_guards import RunGuards
 from composer_replication.training.site_sampling import sample_site_actions
 from composer_replication.training.step_diagnostics import StepDiagnostics
-from composer_replication.training.teacher import Teacher, TeacherCallback, make_teacher
+from composer_replication.training.teacher import Teacher, make_teacher
+from composer_replication.training.teacher_callback import TeacherCallback
 from composer_replication.training.trl_hooks import GRPOConfig, GRPOTrainer
 from composer_replication.training.whole_checkpoint import whole_checkpoint
 

@@ -1,6 +1,8 @@
 """The simulated step holds what the real one holds, in every phase."""
 
 import json
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -127,6 +129,16 @@ def test_the_counted_parts_are_those_that_the_step_cuts(turns, teacher, max_toke
         assert abs(len(real) - len(planned)) <= 2
         assert max(real, default=0) <= max(planned, default=0)
         assert sum(real) == pytest.approx(sum(planned), rel=0.35)
+
+
+def test_a_simulation_loads_no_trainer_and_no_adapter_library():
+    """Each takes tenths of a second of the eight that `plan --simulate` has."""
+    code = "import sys, composer_replication.experiments.simulate; print('\\n'.join(sys.modules))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "transformers" in loaded.stdout.split()
+    assert not {"transformers.trainer_callback", "peft", "trl"} & set(loaded.stdout.split())
 
 
 def test_an_architecture_whose_layers_do_not_repeat_is_refused():

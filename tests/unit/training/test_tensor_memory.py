@@ -6,9 +6,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerState
 
+from composer_replication.training.metrics import TensorPeakCallback
 from composer_replication.training.tensor_memory import (
     TensorMemory,
-    TensorPeakCallback,
     tensor_peak_gib,
     tensors_in_memory,
 )
