@@ -2,8 +2,7 @@
 
 GRPO keeps TRL's own loss and normalisation. Each further channel is divided by its count over the
 whole optimizer step: a rank's loss is sum * num_processes / global count, since DDP averages over
-ranks and TRL does not divide by gradient accumulation for us. Trace-replay DPO is this project's
-own addition to the published recipe.
+ranks and TRL does not divide by gradient accumulation for us. No paper has trace-replay DPO.
 """
 
 import math
