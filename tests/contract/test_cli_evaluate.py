@@ -57,6 +57,27 @@ def run_folder(path, data, model=None):
     return path
 
 
+def test_a_folder_is_played_by_the_limits_of_the_run_or_by_those_that_were_asked_for(
+    saved, capsys, tmp_path
+):
+    write_task(tmp_path / "data", "call_format", num_episodes={"train": 2, "heldout": 3})
+    run = run_folder(tmp_path / "runs/first", tmp_path / "elsewhere", saved("a"))
+    report = tmp_path / "runs/evaluate-call_format/evaluation.json"
+
+    def tokens(model, *flags):
+        assert evaluate(model, "--data data --samples 1", *flags) == 0
+        capsys.readouterr()
+        greedy = json.loads(report.read_text())["model"]["greedy"]
+        shutil.rmtree(report.parent)
+        return greedy["num_tokens"] / greedy["num_actions"]
+
+    assert tokens(run) == 5
+    assert tokens(saved("c"), f"--against {run}") == 5
+    assert tokens(run, "--action-tokens 9") == 9
+    assert tokens(saved("c"), "--action-tokens 7 --turns 1") == 7
+    assert tokens(saved("c")) == 48
+
+
 def test_two_models_on_the_same_prompts(saved, capsys, tmp_path):
     flags = "--task call_format --episodes 3 --samples 2 --out out --json"
     assert evaluate(saved("b", 5), "--against", saved("a"), flags) == 0
@@ -107,6 +128,8 @@ def test_a_run_brings_its_own_heldout_data_and_limits(saved, capsys, tmp_path):
     report = json.loads((tmp_path / "runs/evaluate-call_format/evaluation.json").read_text())
     assert report["data"] == f"{tmp_path / 'data'}, heldout"
     assert report["model"]["greedy"]["num_tokens"] <= 3 * 5
+    assert report["model"]["greedy"]["num_cut"] == report["model"]["greedy"]["num_actions"] == 3
+    assert "cut off, greedy actions" in first
     # Another one does not overwrite it.
     assert evaluate(run, "--samples", 1, "--split", "train") == 0
     second = json.loads((tmp_path / "runs/evaluate-call_format-2/evaluation.json").read_text())

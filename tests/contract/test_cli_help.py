@@ -174,10 +174,11 @@ exit codes: 0 done, 2 your input
 
 EVALUATE_HELP = """\
 usage: composer-replication evaluate [-h] [--task NAME] [--data DIR] [--against MODEL]
-                                     [--split NAME] [--episodes N] [--samples K] [--temperature T]
-                                     [--seed N] [--set KEY=VALUE] [--out DIR] [--resume] [--json]
-                                     [--on WHERE] [--gpu NAME[:N]] [--budget USD] [--yes]
-                                     [--dry-run] [--detach] [--hub-secret NAME] [--ledger FILE]
+                                     [--split NAME] [--episodes N] [--turns N] [--action-tokens N]
+                                     [--samples K] [--temperature T] [--seed N] [--set KEY=VALUE]
+                                     [--out DIR] [--resume] [--json] [--on WHERE] [--gpu NAME[:N]]
+                                     [--budget USD] [--yes] [--dry-run] [--detach]
+                                     [--hub-secret NAME] [--ledger FILE]
                                      MODEL
 
 Plays held-out episodes, greedy and sampled, and says what changed and how surely.
@@ -192,6 +193,8 @@ options:
   --against MODEL    the model before; measured on the same prompts
   --split NAME       heldout (default), train, or of a task validation
   --episodes N       prompts of the task; default its own number
+  --turns N          actions of an episode; default the run's, or 8
+  --action-tokens N  where an action is cut; default the run's, or 48
   --samples K        sampled episodes of each prompt; default 4
   --temperature T    of the sampled episodes; default 1
   --seed N           of the task's data and of sampling; default 0

@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from composer_replication.cli.launching import MODAL_PREFIX
 from composer_replication.cli.verb import whole_number
@@ -30,6 +30,9 @@ class AskedEvaluation:
     split: str
     num_episodes: int | None
     """Prompts of the task; None: its own number."""
+    max_turns: int | None
+    """None: the data's own limit."""
+    max_action_tokens: int | None
     num_samples: int
     temperature: float
     seed: int
@@ -45,12 +48,18 @@ class AskedEvaluation:
         )
 
     def episodes(self) -> "EvaluationData":
-        """The prompts that are named.
+        """The prompts that are named, with the limits that were asked for.
 
         Raises:
             InputError: nothing names them, or what does cannot be used.
         """
+        asked = {"max_turns": self.max_turns, "max_action_tokens": self.max_action_tokens}
+        given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+        return replace(self._data(), **given)
+
+    def _data(self) -> "EvaluationData":
         from composer_replication.experiments.evaluation_data import (
+            config_of_run,
             folder_data,
             is_run_folder,
             run_data_of,
@@ -67,7 +76,10 @@ class AskedEvaluation:
             )
         if self.data is None or is_run_folder(str(self.data)):
             return run_data_of(str(self.data or self.model), self.split)
-        return folder_data(self.data, self.split)
+        # A run that is measured played this kind of task, by its own limits.
+        runs = [place for place in (self.model, self.against) if place and is_run_folder(place)]
+        played = config_of_run(runs[0]) if runs else None
+        return folder_data(self.data, self.split, limits_of=played)
 
     def request(self, data: "EvaluationData") -> "EvaluationRequest":
         """What is to be measured."""
@@ -91,6 +103,8 @@ class AskedEvaluation:
             "data": None if self.data is None else str(self.data),
             "split": self.split,
             "episodes": self.num_episodes,
+            "turns": self.max_turns,
+            "action_tokens": self.max_action_tokens,
             "samples": self.num_samples,
             "temperature": self.temperature,
             "seed": self.seed,
@@ -107,6 +121,8 @@ class AskedEvaluation:
             "--data": self.data,
             "--split": self.split,
             "--episodes": self.num_episodes,
+            "--turns": self.max_turns,
+            "--action-tokens": self.max_action_tokens,
             "--samples": self.num_samples,
             "--temperature": self.temperature,
             "--seed": self.seed,
@@ -143,14 +159,19 @@ def asked_evaluation(options: argparse.Namespace) -> AskedEvaluation:
             "--task and --data were both given; the first makes prompts and the second reads them. "
             "Drop one."
         )
-    episodes = options.episodes
+
+    def limit(flag: str, text: str | None, example: int) -> int | None:
+        return None if text is None else whole_number(flag, text, default=example)
+
     return AskedEvaluation(
         model=options.model,
         against=options.against,
         task=options.task,
         data=options.data,
         split=options.split or "heldout",
-        num_episodes=None if episodes is None else whole_number("--episodes", episodes, default=64),
+        num_episodes=limit("--episodes", options.episodes, 64),
+        max_turns=limit("--turns", options.turns, 8),
+        max_action_tokens=limit("--action-tokens", options.action_tokens, 256),
         num_samples=whole_number("--samples", options.samples, default=4),
         temperature=_temperature(options.temperature),
         seed=_seed(options.seed),

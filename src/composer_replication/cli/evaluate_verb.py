@@ -185,6 +185,8 @@ EVALUATE = Verb(
         Option("--against", "MODEL", "the model before; measured on the same prompts"),
         Option("--split", "NAME", "heldout (default), train, or of a task validation"),
         Option("--episodes", "N", "prompts of the task; default its own number"),
+        Option("--turns", "N", "actions of an episode; default the run's, or 8"),
+        Option("--action-tokens", "N", "where an action is cut; default the run's, or 48"),
         Option("--samples", "K", "sampled episodes of each prompt; default 4"),
         Option("--temperature", "T", "of the sampled episodes; default 1"),
         Option("--seed", "N", "of the task's data and of sampling; default 0"),

@@ -147,12 +147,14 @@ class ReasoningGym:
 
 
 def gym_task(spec: GymSpec) -> GymTask:
-    """The task of a spec; the example is another question with another answer."""
-    _, (asked, *further) = _questions(spec)
+    """The task of a spec; the example is another question whose answer is wrong for this one."""
+    generator, (asked, *further) = _questions(spec)
     found = {entry["question"]: entry["answer"] for entry in further}
     others = [pair for pair in found.items() if pair[0] != asked["question"]]
     demos = tuple(others[: spec.num_demos])
-    example = next((pair for pair in others[spec.num_demos :] if pair[1] != asked["answer"]), None)
+    # Of several right answers another question's may be one: a hint would give it away.
+    wrong = (pair for pair in others[spec.num_demos :] if not is_right(generator, asked, pair[1]))
+    example = next(wrong, None)
     if example is None:
         raise DataError(
             f"The generator {spec.dataset!r} with settings {spec.settings} has too few answers for "

@@ -30,10 +30,16 @@ from composer_replication.planner.evaluation_shape import BATCH_SIZE
 from composer_replication.step.hidden_states import causal_lm
 from composer_replication.training.rewards import RewardFunction
 from composer_replication.training.rollout_episode import Episode, Limits
-from composer_replication.training.rollouts import EnvironmentRollouts, Prompt
+from composer_replication.training.rollouts import (
+    MAX_CONCURRENCY,
+    STEP_TIMEOUT_S,
+    EnvironmentRollouts,
+    Prompt,
+)
+from composer_replication.training.routing import ROUNDING
 from composer_replication.training.shared_prefill import shared_prefill
 
-SUCCESS_REWARD = 1.0 - 1e-6
+SUCCESS_REWARD = 1.0 - ROUNDING
 """Every task gives 1 for what was asked, summed up from tenths where it is graded."""
 MAX_TURNS = 8
 """More than any shipped task takes: its environment ends the episode."""
@@ -59,6 +65,8 @@ class EpisodeOutcome:
     """Sampled by the model, over all its actions."""
     turns: tuple[Mapping[str, str], ...]
     failure: str = ""
+    num_cut: int = 0
+    """Actions that reached their token limit before they ended."""
 
     @property
     def is_success(self) -> bool:
@@ -117,6 +125,11 @@ class EvaluationResult:
         return sum(episode.reward is None for episode in self.episodes)
 
     @property
+    def num_cut(self) -> int:
+        """Actions that reached their token limit before they ended."""
+        return sum(episode.num_cut for episode in self.episodes)
+
+    @property
     def num_actions(self) -> int:
         """Actions that the model took."""
         return sum(episode.num_actions for episode in self.episodes)
@@ -134,6 +147,8 @@ def evaluate(
     temperature: float = 1.0,
     max_turns: int = MAX_TURNS,
     max_action_tokens: int = MAX_ACTION_TOKENS,
+    step_timeout_s: float = STEP_TIMEOUT_S,
+    max_concurrency: int = MAX_CONCURRENCY,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
     is_bf16: bool = False,
@@ -151,6 +166,8 @@ def evaluate(
         temperature: of sampled decoding.
         max_turns: actions that an episode may take.
         max_action_tokens: where an action is cut.
+        step_timeout_s: of one call of an environment.
+        max_concurrency: environments at a time.
         batch_size: contexts decoded at a time.
         seed: of sampled decoding.
         is_bf16: compute under bf16 autocast.
@@ -160,7 +177,13 @@ def evaluate(
         RewardError: an environment that fails in every episode, or a reward function that fails.
     """
     environment = environment_class(task) if reward is None else OneTurn
-    rollouts = EnvironmentRollouts(environment, rows, max_turns=max_turns)
+    rollouts = EnvironmentRollouts(
+        environment,
+        rows,
+        max_turns=max_turns,
+        step_timeout_s=step_timeout_s,
+        max_concurrency=max_concurrency,
+    )
     sampler = PolicySampler(model, tokenizer, decoding, temperature, batch_size)
     limits = Limits(
         max_action_tokens=max_action_tokens,
@@ -189,4 +212,5 @@ def _outcome(episode: Episode, row: int) -> EpisodeOutcome:
         num_tokens=sum(episode.env_mask),
         turns=tuple({"role": turn.role, "content": turn.content} for turn in turns),
         failure=str(episode.failure or ""),
+        num_cut=episode.num_cut,
     )

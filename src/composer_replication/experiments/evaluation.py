@@ -233,5 +233,7 @@ def _play(
         reward=data.reward,
         max_turns=data.max_turns,
         max_action_tokens=data.max_action_tokens,
+        step_timeout_s=data.step_timeout_s,
+        max_concurrency=data.max_concurrency,
         **how,
     )

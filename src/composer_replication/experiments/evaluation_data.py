@@ -20,6 +20,7 @@ from composer_replication.runs.followed_run import FollowedRun
 from composer_replication.traces.json_lines import Row
 from composer_replication.traces.pairs import PreferencePair
 from composer_replication.training.rewards import RewardFunction
+from composer_replication.training.rollouts import MAX_CONCURRENCY, STEP_TIMEOUT_S
 
 HELDOUT_FOLDER = "heldout"
 REPORT_FILE = "evaluation.json"
@@ -41,6 +42,8 @@ class EvaluationData:
     max_turns: int = MAX_TURNS
     """Of an episode; a run's own limit where it brings the data."""
     max_action_tokens: int = MAX_ACTION_TOKENS
+    step_timeout_s: float = STEP_TIMEOUT_S
+    max_concurrency: int = MAX_CONCURRENCY
     reward: RewardFunction | None = None
     """Judges episodes of one turn; None: the environment does."""
 
@@ -73,13 +76,21 @@ def task_data(
     return EvaluationData(f"{name}, {split}, seed {seed}{shown}", name, rows.prompts, rows.pairs)
 
 
-def folder_data(folder: Path | None, split: str, config: RunConfig | None = None) -> EvaluationData:
+def folder_data(
+    folder: Path | None,
+    split: str,
+    config: RunConfig | None = None,
+    *,
+    limits_of: RunConfig | None = None,
+) -> EvaluationData:
     """Episodes of a data folder: of its `heldout/`, or of the folder itself for `train`.
 
     Args:
         folder: None: the data that ships with the package.
         split: `heldout` or `train`.
-        config: of the run whose environment and limits hold; None: those of the folder's manifest.
+        config: of the run whose data it is: its environment and limits hold.
+        limits_of: a run whose limits hold, and what judges it where the folder's manifest names no
+            task; None: the defaults.
 
     Raises:
         DataError: no such folder or split, or a row that cannot be used.
@@ -102,7 +113,8 @@ def folder_data(folder: Path | None, split: str, config: RunConfig | None = None
         data = load_run_data(str(root / HELDOUT_FOLDER))
         if data.task is None:
             data = dataclasses.replace(data, task=source.task)
-    settings = config or RunConfig()
+    settings = config or _limits_alone(limits_of, drops_judge=data.task is not None)
+    has_limits = config is not None or limits_of is not None
     # The fixed shapes of a smoke are the smoke's alone.
     _, reward = find_judge(settings.model_copy(update={"smoke": SmokeConfig()}), data)
     label = f"{root}, {split}"
@@ -121,9 +133,21 @@ def folder_data(folder: Path | None, split: str, config: RunConfig | None = None
         settings.rollout.environment or str(data.task),
         data.prompts,
         data.pairs,
-        max_turns=MAX_TURNS if config is None else config.rollout.max_turns,
-        max_action_tokens=MAX_ACTION_TOKENS if config is None else config.rollout.max_action_tokens,
+        max_turns=settings.rollout.max_turns if has_limits else MAX_TURNS,
+        max_action_tokens=settings.rollout.max_action_tokens if has_limits else MAX_ACTION_TOKENS,
+        step_timeout_s=settings.rollout.step_timeout_s,
+        max_concurrency=settings.rollout.max_concurrency,
     )
+
+
+def _limits_alone(config: RunConfig | None, *, drops_judge: bool) -> RunConfig:
+    """A configuration with the limits of another."""
+    if config is None:
+        return RunConfig()
+    rollout = config.rollout
+    if drops_judge:
+        rollout = rollout.model_copy(update={"environment": None, "reward": None})
+    return RunConfig().model_copy(update={"rollout": rollout, "grpo": config.grpo})
 
 
 def run_data_of(place: str, split: str) -> EvaluationData:
@@ -138,8 +162,13 @@ def run_data_of(place: str, split: str) -> EvaluationData:
             "yours, and a run directory as the model brings its own. Write for example "
             f"composer-replication evaluate {place} --task api_drift."
         )
-    config = load_config(FollowedRun(Path(place).expanduser()).config_path, [])
+    config = config_of_run(place)
     return folder_data(None if config.data is None else Path(config.data), split, config)
+
+
+def config_of_run(place: str) -> RunConfig:
+    """What the run was told whose directory that is."""
+    return load_config(FollowedRun(Path(place).expanduser()).config_path, [])
 
 
 def is_run_folder(place: str) -> bool:

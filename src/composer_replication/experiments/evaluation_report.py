@@ -38,6 +38,8 @@ class Played:
     """Sampled by the model."""
     outcomes: list[float]
     """For each prompt the share of its episodes that succeeded."""
+    num_cut: int = 0
+    """Actions that reached their token limit before they ended."""
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -165,6 +167,7 @@ def played(result: EvaluationResult) -> Played:
         num_actions=result.num_actions,
         num_tokens=result.num_tokens,
         outcomes=result.outcomes(),
+        num_cut=result.num_cut,
     )
 
 

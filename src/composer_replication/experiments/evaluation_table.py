@@ -60,6 +60,8 @@ def _cells(model: ModelFigures) -> dict[str, str]:
     }
     if model.greedy.num_failed or model.sampled.num_failed:
         cells["failed environments"] = f"{model.greedy.num_failed} + {model.sampled.num_failed}"
+    if model.greedy.num_cut:
+        cells["cut off, greedy actions"] = f"{model.greedy.num_cut} of {model.greedy.num_actions}"
     if model.forgetting.old_convention is not None:
         cells["old convention, greedy"] = _rate(model.forgetting.old_convention.success)
     if model.pairs is not None:

@@ -123,6 +123,8 @@ class HeldoutEvaluation(TrainerCallback):
             reward=self._data.reward,
             max_turns=self._data.max_turns,
             max_action_tokens=self._data.max_action_tokens,
+            step_timeout_s=self._data.step_timeout_s,
+            max_concurrency=self._data.max_concurrency,
             is_bf16=bool(args.bf16),
         )
         seconds = clock.stop("evaluate")

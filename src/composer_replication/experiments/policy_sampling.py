@@ -7,7 +7,7 @@ from typing import Literal, cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_replication.batch.render import end_of_turn_ids
 from composer_replication.step.hidden_states import causal_lm
@@ -51,7 +51,6 @@ class PolicySampler:
         ends = sorted(end_of_turn_ids(self.tokenizer))
         rows = [[pad] * (width - len(ids)) + ids for ids in contexts]
         mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in contexts]
-        # Said in full: a model's own settings, such as a top_k, would enter where one is left out.
         how = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -59,14 +58,26 @@ class PolicySampler:
             pad_token_id=pad,
             **(how if self.decoding == "sampled" else {"do_sample": False}),
         )
-        with shared_prefill(self.model):
-            generate = cast(Callable[..., torch.Tensor], causal_lm(self.model).generate)
+        lm = causal_lm(self.model)
+        with shared_prefill(self.model), _without_own_settings(lm):
+            generate = cast(Callable[..., torch.Tensor], lm.generate)
             output = generate(
                 input_ids=torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=settings,
             )
         return [_until_end(row[width:], ends) for row in output.tolist()]
+
+
+@contextlib.contextmanager
+def _without_own_settings(lm: PreTrainedModel) -> Iterator[None]:
+    """A model's own settings, such as a repetition penalty, enter where a call leaves one out."""
+    own = lm.generation_config
+    lm.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        lm.generation_config = own
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ class Failure:
     error: BaseException
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.error or type(self.error).__name__}"
+        return f"{self.kind}: {str(self.error) or type(self.error).__name__}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ class Episode:
     hint_sites: list[HintSite] = field(default_factory=list[HintSite])
     error_kinds: list[str] = field(default_factory=list[str])
     """Of each action that the environment refused; an empty one is no hint site."""
+    num_cut: int = 0
+    """Actions that reached their token limit before they ended."""
     num_prompt_messages: int = 0
     is_done: bool = False
     failure: Failure | None = None
@@ -118,7 +120,8 @@ def lead_to_next_turn(
             episode.append(next_turn, zeros, is_sampled=False)
         else:
             episode.is_done = True
-    if observation.content:
+    # One that the next turn follows is in its state, empty or not.
+    if observation.content or not episode.is_done:
         episode.messages.append(answer)
 
 

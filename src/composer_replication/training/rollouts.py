@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from composer_replication.batch.render import render_state
+from composer_replication.batch.render import end_of_turn_ids, render_state
 from composer_replication.environments.protocol import Observation, TextEnvironment
 from composer_replication.errors import ConfigError, DataError, RewardError
 from composer_replication.step.hidden_states import causal_lm
@@ -32,6 +32,9 @@ from composer_replication.training.rollout_episode import (
 )
 from composer_replication.training.shared_prefill import shared_prefill
 from composer_replication.training.trl_hooks import GRPOTrainer
+
+STEP_TIMEOUT_S = 60.0
+MAX_CONCURRENCY = 64
 
 Prompt = Sequence[Mapping[str, object]]
 ActionSampler = Callable[[Sequence[list[int]], int], list[SampledAction]]
@@ -55,8 +58,8 @@ class EnvironmentRollouts:
         *,
         max_turns: int = 2,
         max_action_tokens: int = 40,
-        step_timeout_s: float = 60.0,
-        max_concurrency: int = 64,
+        step_timeout_s: float = STEP_TIMEOUT_S,
+        max_concurrency: int = MAX_CONCURRENCY,
     ) -> None:
         """Keep the task.
 
@@ -135,6 +138,7 @@ class EnvironmentRollouts:
             RewardError: the environment failed in every episode.
         """
         episodes = self._start(prompts, tokenizer)
+        ends = end_of_turn_ids(tokenizer)
         for turn in range(self.max_turns):
             active = [e for e in episodes if not e.is_done and limits.action_tokens(e) > 0]
             if not active:
@@ -142,6 +146,8 @@ class EnvironmentRollouts:
             budgets = [limits.action_tokens(episode) for episode in active]
             actions = sample([e.context_ids for e in active], max(budgets))
             actions = [action.cut(n) for action, n in zip(actions, budgets, strict=True)]
+            for episode, action in zip(active, actions, strict=True):
+                episode.num_cut += bool(action.ids) and action.ids[-1] not in ends
             self._play(active, actions, tokenizer, limits, is_last=turn == self.max_turns - 1)
         self._judge(episodes)
         return episodes
@@ -256,8 +262,13 @@ def _step_with(text: str) -> Callable[[TextEnvironment], Observation]:
 def _total_failure(failures: Sequence[Failure]) -> BaseException:
     """Why a batch has no reward at all, which no later batch can be expected to have either."""
     first = failures[0]
-    if first.kind == "crash":
+    if first.kind == "crash" and isinstance(first.error, Exception):
         return first.error
+    if first.kind == "crash":
+        return RewardError(
+            f"The environment raised {first.error!r} in all {len(failures)} rollouts, which would "
+            "end the program without a word. Let it raise an Exception, or answer with an error."
+        )
     return RewardError(
         f"The environment gave {first.error} in all {len(failures)} rollouts, so none of them has "
         "a reward. Raise rollout.step_timeout_s, lower rollout.max_concurrency where they wait for "

@@ -17,6 +17,9 @@ from composer_replication.traces.hints import HintSite
 
 Rows = Sequence[Mapping[str, object]]
 
+ROUNDING = 1e-6
+"""A reward that is so much under another counts as equal: sums of parts of 1 end beside it."""
+
 
 def sites_of_rollouts(rows: Rows) -> list[HintSite]:
     """Every error turn of these rollouts."""
@@ -26,17 +29,20 @@ def sites_of_rollouts(rows: Rows) -> list[HintSite]:
 def sites_of_failures(rows: Rows, success_reward: float) -> list[HintSite]:
     """Error turns of the rollouts whose environment gave less than `success_reward`.
 
-    A rollout that erred and still succeeded stays with GRPO alone.
+    A rollout that erred and still succeeded stays with GRPO alone. One whose environment failed
+    has no reward and no share in GRPO.
 
     Args:
         rows: of this rank's rollouts, as `EnvironmentRollouts` filled them in.
         success_reward: from this reward on a rollout counts as a success.
     """
+    least = success_reward - ROUNDING
+    rewards = [cast("float | None", row["environment_reward"]) for row in rows]
     return [
         site
-        for row in rows
+        for row, reward in zip(rows, rewards, strict=True)
+        if reward is None or reward < least
         for site in _sites(row)
-        if cast(float, row["environment_reward"]) < success_reward
     ]
 
 

@@ -16,6 +16,7 @@ from composer_replication.runs.checkpoint_folders import checkpoint_folders
 from composer_replication.step.channels import CHANNELS
 from composer_replication.training.channel_plan import scheduled
 from composer_replication.training.composer_config import ComposerConfig
+from composer_replication.training.heldout_guard import last_good_checkpoint
 
 FP16_OVERFLOWS = 20
 """Steps that loss scaling may overflow in a row while it halves its way from 65536 to below 1."""
@@ -44,6 +45,8 @@ class Guard:
     """What the bad rows show, why it cannot work and what to change."""
     channel: str | None = None
     """The extra channel whose own steps count; None: every step counts."""
+    is_collapse: bool = False
+    """The policy has changed for the worse: a checkpoint from within is no place to go back to."""
 
 
 class RunGuards(TrainerCallback):
@@ -86,7 +89,11 @@ class RunGuards(TrainerCallback):
         for guard in self._guards:
             bad, steps = self._stretch(guard, state.log_history)
             if guard.num_steps and len(steps) >= guard.num_steps:
-                last = _last_checkpoint(Path(str(args.output_dir)))
+                folder = Path(str(args.output_dir))
+                if guard.is_collapse:
+                    last = last_good_checkpoint(folder, steps[0] - 1)
+                else:
+                    last = _last_checkpoint(folder)
                 raise TrainingError(
                     f"Stopped at step {state.global_step} by guards.{guard.key}. "
                     f"{_span(steps)}, {guard.explain(bad)} {last} "
@@ -126,18 +133,21 @@ def _guards(args: ComposerConfig, channels: Sequence[str], effect_floor: float) 
             args.guard_entropy_steps,
             lambda row: _is_below(row, "entropy", args.guard_entropy_floor),
             lambda rows: _explain_entropy(rows, args.guard_entropy_floor),
+            is_collapse=True,
         ),
         Guard(
             "short_steps",
             args.guard_short_steps,
             lambda row: _is_at_most(row, "completions/mean_length", args.guard_short_tokens),
             lambda rows: _explain_short(rows, args.guard_short_tokens),
+            is_collapse=True,
         ),
         Guard(
             "repetition_steps",
             args.guard_repetition_steps,
             lambda row: _is_at_least(row, "completions/repetition", args.guard_repetition_share),
             _explain_repetition,
+            is_collapse=True,
         ),
         Guard("cut_off_steps", args.guard_cut_off_steps, _is_cut_off, _explain_cut_off),
         Guard(

@@ -35,6 +35,13 @@ def test_the_right_answer_earns_one_and_ends_the_episode(row):
     assert environment.get_reward() == 1.0
 
 
+def test_where_several_answers_are_right_no_hint_shows_one():
+    """Jugs are filled in many orders, and another question's may do for this one."""
+    for seed in range(8):
+        environment, task = started(task_seed=seed, dataset="jugs")
+        assert environment._step_text(task.example[1]).error is not None
+
+
 @pytest.mark.parametrize("row", [{}, COUNTING])
 def test_everything_else_earns_nothing_and_is_hinted_by_another_question(row):
     for seed in range(6):

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from composer_replication.environments.registry import environment_class
+from composer_replication.experiments import evaluate as evaluate_module
 from composer_replication.experiments.evaluate import (
     EpisodeOutcome,
     EvaluationResult,
@@ -51,6 +53,40 @@ def test_greedy_actions_are_the_likeliest_tokens_whatever_shares_their_batch(
         sampler = PolicySampler(model, smollm2_tokenizer, "greedy", batch_size=batch_size)
         with evaluating(model, seed=0, is_bf16=False):
             assert [action.ids for action in sampler(contexts, 6)] == wanted
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "sampled"])
+def test_a_models_own_settings_do_not_enter(model, smollm2_tokenizer, decoding, monkeypatch):
+    """Qwen2.5-Instruct ships a repetition penalty, which pushes down what a task asks to copy."""
+    contexts = [[5, 6, 7, 5, 6, 7], [11] * 9]
+
+    def actions():
+        sampler = PolicySampler(model, smollm2_tokenizer, decoding)
+        with evaluating(model, seed=0, is_bf16=False):
+            return [action.ids for action in sampler(contexts, 12)]
+
+    plain = actions()
+    own = GenerationConfig(
+        repetition_penalty=8.0, no_repeat_ngram_size=2, min_p=0.9, suppress_tokens=plain[0][:2]
+    )
+    monkeypatch.setattr(model, "generation_config", own)
+    assert actions() == plain
+    assert model.generation_config is own
+
+
+def test_limits_of_the_environment_reach_its_pool(model, smollm2_tokenizer, monkeypatch):
+    made = []
+
+    class Noted(EnvironmentRollouts):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append((self._pool.timeout_s, self._pool.max_concurrency))
+
+    monkeypatch.setattr(evaluate_module, "EnvironmentRollouts", Noted)
+    rows = task_rows("call_format", "heldout", num_episodes=1).prompts
+    evaluate(model, smollm2_tokenizer, "call_format", rows, decoding="greedy",
+             step_timeout_s=300.0, max_concurrency=4, max_action_tokens=2)  # fmt: skip
+    assert made == [(300.0, 4)]
 
 
 def test_a_model_in_training_goes_on_as_if_nothing_had_been_evaluated(model, smollm2_tokenizer):

@@ -89,6 +89,10 @@ def test_whatever_an_environment_raises_is_its_own_failure(raised):
     assert clerks.run([(0, lambda c: c.num_calls)]) == [0]
 
 
+def test_a_failure_without_a_text_is_named_by_its_kind():
+    assert str(Failure("crash", ValueError())) == "crash: ValueError"
+
+
 def test_an_environment_that_cannot_be_made_fails_its_call():
     broken = EnvironmentPool(lambda: sys.exit(1), timeout_s=1.0, max_concurrency=1)
     (failure,) = broken.run([(0, lambda made: made)])

@@ -144,6 +144,18 @@ def test_where_every_rollout_fails_the_reason_is_raised(trainer_of):
         trainer.rollout_func(prompts(1, 1), trainer)
 
 
+def test_an_environment_that_leaves_the_program_everywhere_says_so(trainer_of):
+    """`unittest.main()` in an environment does."""
+
+    class Leaves(Fragile):
+        def _step_text(self, action):
+            raise SystemExit(0)
+
+    trainer = trainer_of(Leaves)
+    with pytest.raises(RewardError, match=r"raised SystemExit\(0\) in all 2 rollouts"):
+        trainer.rollout_func(prompts(1, 1), trainer)
+
+
 def test_a_row_that_reset_refuses_is_the_datas_fault_and_stops_the_run(trainer_of):
     class Picky(Fragile):
         def reset(self, *, number):

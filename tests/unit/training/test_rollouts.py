@@ -201,6 +201,41 @@ def test_a_refused_empty_action_is_an_error_and_no_hint_site(smollm2_tokenizer):
     assert episode.hint_sites == []
 
 
+def test_an_answer_without_text_is_in_the_state_of_the_next_error_turn(smollm2_tokenizer):
+    """As a shell's is where a command prints nothing."""
+
+    class Silent(AlwaysWrong):
+        def _step_text(self, action):
+            self.num_steps = getattr(self, "num_steps", 0) + 1
+            if self.num_steps == 1:
+                return Observation("", is_done=False)
+            return super()._step_text(action)
+
+    def act(contexts, num_tokens):
+        return [SampledAction([5, smollm2_tokenizer.eos_token_id], None) for _ in contexts]
+
+    (episode,) = EnvironmentRollouts(Silent, ROWS, max_turns=2).play(
+        [ROWS[0]["prompt"]], smollm2_tokenizer, act, Limits(8, 256, None)
+    )
+    (site,) = episode.hint_sites
+    assert [message.role for message in site.state[-2:]] == ["assistant", "tool"]
+    assert site.state[-1].content == ""
+
+
+def test_actions_that_reach_their_limit_are_counted(smollm2_tokenizer):
+    def act(contexts, num_tokens):
+        return [SampledAction([5] * 20, None) for _ in contexts]
+
+    def end(contexts, num_tokens):
+        return [SampledAction([5, smollm2_tokenizer.eos_token_id], None) for _ in contexts]
+
+    for sample, num_cut in ((act, 2), (end, 0)):
+        (episode,) = EnvironmentRollouts(AlwaysWrong, ROWS, max_turns=2).play(
+            [ROWS[0]["prompt"]], smollm2_tokenizer, sample, Limits(8, 256, None)
+        )
+        assert episode.num_cut == num_cut
+
+
 def test_generation_settings_are_put_back_after_a_rollout(played):
     trainer, _ = played
     assert trainer.generation_config.max_new_tokens == trainer.args.max_completion_length

@@ -38,6 +38,17 @@ def test_only_failed_rollouts_give_error_turns():
     assert sites_of_failures([], 1.0) == []
 
 
+def test_a_rollout_whose_environment_failed_later_is_a_failure_with_its_error_turns():
+    assert [site.source for site in sites_of_failures([row(None, "a"), row(1.0, "b")], 1.0)] == [
+        "a"
+    ]
+
+
+def test_tenths_that_add_up_to_nearly_1_are_a_success():
+    assert sum([0.1] * 10) < 1.0
+    assert sites_of_failures([row(sum([0.1] * 10), "a")], 1.0) == []
+
+
 def test_a_rollout_leaves_grpo_only_where_sdpo_takes_one_of_its_turns():
     advantages = torch.tensor([-0.3, 0.2, 0.4, -0.3])
     chosen = [FAILED["rollout_hint_sites"][1]]

@@ -34,7 +34,8 @@ HEALTHY = {
 
 
 def config(**changes):
-    return ComposerConfig(output_dir="nowhere", use_cpu=True, bf16=False, **changes)
+    changes = {"output_dir": "nowhere"} | changes
+    return ComposerConfig(use_cpu=True, bf16=False, **changes)
 
 
 def stopped_at(rows, channels=("sdpo", "dpo"), every=1, **changes):
@@ -73,7 +74,7 @@ def test_a_bad_stretch_stops_the_run_at_its_last_allowed_step(name):
 
     assert re.search(words, text), text
     assert f"Stopped at step 6 by guards.{name}_steps. Over steps 3 to 6 (4), " in text
-    assert "There is no checkpoint." in text
+    assert "There is no checkpoint" in text
     assert f"guards.{name}_steps = 0 (in Python guard_{name}_steps = 0)" in text
 
 
@@ -186,6 +187,20 @@ def test_a_negative_bound_is_refused(name):
 
 
 # ---- real runs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["entropy", "short", "repetition"])
+def test_after_a_collapse_the_last_checkpoint_from_before_it_is_named(name, tmp_path):
+    for step in (2, 4, 6, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    bad = HEALTHY | BAD[name][0]
+    rows = [*[HEALTHY] * 5, *[bad] * 4]
+    args = {"output_dir": str(tmp_path), f"guard_{name}_steps": 4}
+    assert "The last good checkpoint is checkpoint-4." in stopped_at(rows, **args)[1]
+    # What cannot learn has spoilt nothing: the newest goes on.
+    args = {"output_dir": str(tmp_path), "guard_no_spread_steps": 4}
+    rows = [*[HEALTHY] * 5, *[HEALTHY | BAD["no_spread"][0]] * 4]
+    assert "The last checkpoint is checkpoint-8." in stopped_at(rows, **args)[1]
 
 
 def test_a_real_run_with_equal_rewards_stops_and_names_its_last_checkpoint(build):
