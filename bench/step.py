@@ -107,7 +107,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     kind.add_argument("--trajectories", action="store_true", help="episodes that diverge early")
     kind.add_argument("--disjoint", action="store_true", help="no rows share a first token")
     add("--turns", type=int, default=8, help="of each trajectory")
-    add("--device", default="cpu", help="cpu or cuda")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
     add("--weights", choices=["fp32", "bf16"], default="fp32", help="what the weights are kept in")
     add("--checkpoint", action="store_true", help="each layer runs again in the backward")
@@ -135,6 +135,15 @@ def check_args(args: argparse.Namespace) -> None:
         if value < bound:
             raise ConfigError(
                 f"--{name} is {value}; a step to measure needs at least {bound}. Raise --{name}."
+            )
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, and torch finds no such device. Leave it out.")
+    for name in ("max_rows", "memory_gib"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is {value}; nothing runs in that. Give more than 0, "
+                "or leave it out."
             )
     if "ours" not in args.variants:
         raise ConfigError(
@@ -208,7 +217,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace, loaded: LoadedModel) -> None:
         self.args = args
         self.device = torch.device(args.device)
-        self.limit_gib = args.memory_gib or 0.9 * free_gib(self.device)
+        given = args.memory_gib
+        self.limit_gib = 0.9 * free_gib(self.device) if given is None else given
         config = loaded.model.config.get_text_config()
         workload = make_workload(args, config.vocab_size)
         self.setting = make_setting(args, loaded, workload, self._autocast)
@@ -220,6 +230,8 @@ class Bench:
         self.workload = self.reference.workload
         self.steps = make_steps(args, loaded, self.setting)
         self.results: dict[str, Result] = {}
+        self.left_out: dict[str, str] = {}
+        """Why each baseline that is not timed is not."""
         # Weights, those of the teacher, and the reference's gradients.
         self.held = tensors_in_memory()
 
@@ -244,25 +256,45 @@ class Bench:
         return list(whole.parts(max_rows))
 
     def try_out(self, step: Step) -> None:
-        """The untimed round: how many rows fit, the peak, and the errors."""
-        max_rows = None if isinstance(step, OurStep) else self.args.max_rows
-        while True:
-            self.setting.model.zero_grad(set_to_none=True)
-            losses: list[float] = []
-            try:
-                with memory_limit(self.limit_gib, self.device):
-                    peaks = peaks_of(
-                        lambda: losses.append(self.run(step, max_rows)),  # noqa: B023
-                        self.device,
-                        self.held,
-                    )
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or max_rows == 1 or isinstance(step, OurStep):
-                    raise
+        """The untimed round: how many rows fit, the peak, and the errors.
+
+        Raises:
+            SystemExit: our own step does not fit.
+        """
+        if isinstance(step, OurStep):
+            if not self._fits(step, None):
+                raise SystemExit(
+                    f"{step.name} does not fit in {self.limit_gib:.1f} GiB. Nothing was timed. "
+                    "Raise --memory-gib, or lower --prefix or --rollouts."
+                )
+            return
+        fits = self.args.max_rows
+        fails = None
+        while not self._fits(step, fits):
+            if fits == 1:
+                self.leave_out(step, "not even one row in a forward fits")
+                return
             # The whole step at once did not fit: each role by itself, then fewer rows.
-            max_rows = 2 * self.args.rollouts if max_rows is None else max_rows // 2
-            progress(f"{step.name} does not fit; at most {max_rows} rows in a forward")
+            fits, fails = 2 * self.args.rollouts if fits is None else fits // 2, fits
+            progress(f"{step.name} does not fit; at most {fits} rows in a forward")
+        # The most rows between what fits and what does not; the last that fits is kept.
+        while fits is not None and fails is not None and fails - fits > 1:
+            rows = (fits + fails) // 2
+            fits, fails = (rows, fails) if self._fits(step, rows) else (fits, rows)
+
+    def _fits(self, step: Step, max_rows: int | None) -> bool:
+        """Run the step with so many rows a forward; where that fits, it is the step's result."""
+        self.setting.model.zero_grad(set_to_none=True)
+        losses: list[float] = []
+        try:
+            with memory_limit(self.limit_gib, self.device):
+                peaks = peaks_of(
+                    lambda: losses.append(self.run(step, max_rows)), self.device, self.held
+                )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
         channels = "+".join(step.channels)
         norms = difference_norms(
             gradients(self.setting, copy=False), self.reference.grads[channels]
@@ -275,6 +307,7 @@ class Bench:
             max(gradient_errors(norms)),
             whole_gradient_error(norms),
         )
+        return True
 
     def rounding_of(self, step: Step) -> float | None:
         """How far separate forwards of its channels are from fp32; None: that did not fit."""
@@ -284,10 +317,12 @@ class Bench:
             self.rounding[channels] = rounding_error(self.setting, self.reference, channels)
         return self.rounding[channels]
 
-    def leave_out(self, step: Step) -> None:
-        """Take a step out of what is timed."""
+    def leave_out(self, step: Step, why: str) -> None:
+        """Take a baseline out of what is timed."""
+        progress(f"{step.name} is left out: {why}")
         self.steps.remove(step)
-        del self.results[step.name]
+        self.results.pop(step.name, None)
+        self.left_out[step.name] = why
 
     def time(self, step: Step) -> None:
         """One timed run."""
@@ -315,7 +350,7 @@ def measure(args: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:
     # As runs in bf16 have it: a head's fp32 products then use tensor cores too.
     torch.set_float32_matmul_precision("high" if args.precision == "bf16" else "highest")
     bench = Bench(args, loaded)
-    for step in bench.steps:
+    for step in list(bench.steps):
         progress(f"{step.name}: untimed round")
         bench.try_out(step)
     refuse_unequal(bench)
@@ -345,8 +380,7 @@ def refuse_unequal(bench: Bench) -> None:
         if precision == "bf16" and error > most:
             rounding = bench.rounding_of(step)
             if rounding is None and not isinstance(step, OurStep):
-                progress(f"{step.name} is left out: {error:.1e} off, and fp32 does not fit")
-                bench.leave_out(step)
+                bench.leave_out(step, f"{error:.1e} off, and fp32 does not fit")
                 continue
             most = max(most, OF_ROUNDING * (rounding or 0.0))
         progress(
@@ -382,6 +416,7 @@ def summary(bench: Bench, label: str) -> dict[str, Any]:
         "peak_gib": {name: r.peaks.process for name, r in results.items()},
         "peak_above_model_gib": {name: r.peaks.above_model for name, r in results.items()},
         "peak_tensor_gib": {name: r.peaks.tensors for name, r in results.items()},
+        "left_out": bench.left_out,
         "rows_per_forward": {name: r.max_rows for name, r in results.items()},
         "ratios": {name: step_s[name] / step_s["ours"] for name in compared},
         "processor_ratios": {name: cpu_s[name] / cpu_s["ours"] for name in compared},
@@ -425,6 +460,8 @@ def print_report(report: dict[str, Any]) -> None:
     for name, rows in report["rows_per_forward"].items():
         if rows is not None:
             print(f"{name} ran in micro-batches of at most {rows} rows in a forward")
+    for name, why in report["left_out"].items():
+        print(f"{name} is left out: {why}")
 
 
 def progress(text: str) -> None:

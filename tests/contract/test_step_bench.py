@@ -118,6 +118,58 @@ def test_a_bf16_gradient_may_be_twice_as_far_off_as_rounding_takes_it(
         bench.measure(args, loaded)
 
 
+@pytest.mark.parametrize(("num_rollouts", "fits"), [(3, 2), (4, 3), (8, 7), (8, 5), (4, 0)])
+def test_a_baseline_runs_in_the_largest_micro_batches_that_fit(
+    tiny_folder, monkeypatch, num_rollouts, fits
+):
+    own = bench.NaiveStep.loss
+
+    def loss(self, part):
+        if max(len(part.rollouts), len(part.sites), len(part.pairs)) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return own(self, part)
+
+    monkeypatch.setattr(bench.NaiveStep, "loss", loss)
+    flags = ["--variants", "naive", "ours", "--rollouts", str(num_rollouts)]
+    report = run_bench(tiny_folder, *flags)
+    if fits:
+        assert report["rows_per_forward"]["naive"] == fits
+        assert report["left_out"] == {}
+    else:
+        # Ours is reported all the same.
+        assert report["left_out"] == {"naive": "not even one row in a forward fits"}
+        assert set(report["step_s"]) == {"ours"}
+
+
+def test_a_step_of_ours_that_does_not_fit_is_said(tiny_folder, monkeypatch):
+    def full(self, part):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(bench.OurStep, "loss", full)
+    with pytest.raises(SystemExit, match=r"ours does not fit in .* Nothing was timed"):
+        run_bench(tiny_folder, "--variants", "ours")
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--max-rows", "0"], "--max-rows is 0"),
+        (["--max-rows", "-3"], "--max-rows is -3"),
+        (["--memory-gib", "0"], "--memory-gib is 0"),
+        (["--memory-gib", "-1"], "--memory-gib is -1"),
+    ],
+)
+def test_a_limit_in_which_nothing_runs_is_refused(flags, match):
+    with pytest.raises(ConfigError, match=match):
+        bench.parse_args(flags)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="--device is cuda, and torch finds no such device"):
+        bench.parse_args(["--device", "cuda"])
+
+
 def test_a_baseline_that_only_memory_keeps_from_a_verdict_is_left_out_and_ours_never_is(
     tiny_folder, monkeypatch, capsys
 ):

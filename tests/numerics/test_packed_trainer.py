@@ -9,7 +9,10 @@ import torch
 from test_step_under_lora import lora_model
 
 from composer_replication import HintSite
+from composer_replication.step.settings import GRPOSettings, StepSettings
+from composer_replication.step.tree_forward import TreeOptions
 from composer_replication.training.channel_plan import place_sites
+from composer_replication.training.packing import Packing
 from composer_replication.training.whole_groups import WholeGroups
 
 # TRL's and its dependencies' own warnings are not ours to fix.
@@ -52,6 +55,33 @@ def assert_equal_runs(packed, separate, atol=3e-6):
             if name.endswith(("_s", "time", "num_tokens")) or "step_time" in name:
                 continue
             assert row[name] == pytest.approx(other[name], rel=2e-4, abs=2e-5), name
+
+
+def test_an_unlikely_token_of_a_tool_has_a_ratio_of_1():
+    """TRL takes the ratio before it masks, and exp(0 + 109) * 0 is nan in fp32."""
+    model = tiny_families.tiny_model("llama_untied", dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8.0)  # gaps of some 30 nats, as a trained model has
+    settings = StepSettings(grpo=GRPOSettings(temperature=0.3))
+    packing = Packing(None, settings, TreeOptions())
+    prompts = torch.tensor([[7, 8], [7, 8]])
+    completions = torch.tensor([[11, 12, 13, 14], [11, 12, 15, 16]])
+    ids = torch.cat([prompts, completions], dim=1)
+    old, _ = packing.rollout_scores(model, ids, torch.ones_like(ids), 4)
+    assert old.min() < -89
+    is_sampled = old > old.sort(dim=1).values[:, :1]
+    inputs = {
+        "prompt_ids": prompts, "prompt_mask": torch.ones_like(prompts),
+        "completion_ids": completions, "completion_mask": torch.ones_like(completions),
+        "tool_mask": is_sampled.long(), "old_per_token_logps": old.detach(),
+    }  # fmt: skip
+    with packing.shared(model, inputs, (), None):
+        logp, _ = packing.rollout_scores(model, ids, torch.ones_like(ids), 4)
+    ratio = (logp - old.detach()).exp()
+    assert torch.allclose(ratio, torch.ones_like(ratio), atol=1e-4)
+    (ratio * is_sampled).sum().backward()
+    assert model.lm_head.weight.grad.isfinite().all()
+    assert model.lm_head.weight.grad.norm() > 0
 
 
 @pytest.mark.parametrize("case", CASES)

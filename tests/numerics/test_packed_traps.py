@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import tiny_families
 import torch
+from torch.distributed.utils import _apply_to_tensors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import DynamicCache
 from tree_batches import largest_errors, losses_and_gradients, shared_batch
 
@@ -84,19 +87,52 @@ def test_a_forward_of_a_tree_makes_no_cache(model, tree, monkeypatch):
     on_tree(model, tree, RectangleKernel(tree, CPU)).sum().backward()
 
 
-def test_what_travels_to_the_attention_is_no_dataclass_that_fsdp_would_rebuild(tree):
-    kernel = RectangleKernel(tree, CPU)
-    for travels in (kernel, tree):
-        assert not dataclasses.is_dataclass(travels)
-        assert not isinstance(travels, dict | list | tuple)
+def test_what_travels_to_the_attention_is_not_rebuilt_by_fsdp(model, tree):
+    """FSDP1 casts every input, and makes dataclasses and containers anew on the way."""
+    kernel, seen = RectangleKernel(tree, CPU), []
+
+    def note(_module, _args, keywords):
+        cast = _apply_to_tensors(lambda tensor: tensor.clone(), keywords)
+        seen.append(cast["prefix_tree"])
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    on_tree(model, tree, kernel)
+    handle.remove()
+    assert [travelled is kernel for travelled in seen] == [True]
+    again = _apply_to_tensors(lambda tensor: tensor.clone(), {"x": Wrapped(kernel)})
+    assert isinstance(again["x"], Wrapped), "a dataclass is what is rebuilt"
 
 
-def test_training_never_builds_a_mask_of_all_pairs(model, tree, monkeypatch):
-    def refuse(_tree):
-        raise AssertionError("a [T, T] mask was built")
+@dataclasses.dataclass
+class Wrapped:
+    kernel: object
 
-    monkeypatch.setattr(PrefixTree, "visible", refuse)
-    on_tree(model, tree, RectangleKernel(tree, CPU)).sum().backward()
+
+class LargestStorage(TorchDispatchMode):
+    """Bytes of the largest tensor that any operator returns."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for value in tree_leaves(output):
+            if isinstance(value, torch.Tensor):
+                self.num_bytes = max(self.num_bytes, value.untyped_storage().nbytes())
+        return output
+
+
+@pytest.mark.parametrize("scored", ["with gradient", "teacher"])
+def test_no_mask_of_all_pairs_is_built(scored):
+    """Of 100,000 tokens it would have 10 GB; transformers builds one where no mask is given."""
+    model = tiny_families.tiny_model("qwen2", dtype=torch.float32, max_position_embeddings=4096)
+    rng = np.random.default_rng(0)
+    stem = rng.integers(6, 50, 1500)
+    long = PrefixTree([np.concatenate([stem, rng.integers(6, 50, 200)]) for _ in range(3)])
+    with torch.set_grad_enabled(scored == "with gradient"), LargestStorage() as largest:
+        hidden = on_tree(model, long, RectangleKernel(long, CPU))
+        if scored == "with gradient":
+            hidden.sum().backward()
+    assert largest.num_bytes < long.num_rows**2 / 4
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Letters: R hidden rows, H hidden size, N scored tokens, M compared tokens, G the
 size, n rows of a tile, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -154,7 +155,8 @@ class _HeadPass(torch.autograd.Function):
             for rows in _tiles(hidden, ctx.tile_rows, ctx.logs, ctx.divergences):
                 tile = rows.start // ctx.tile_rows
                 logits = tempered_logits(hidden[rows], head, 1.0)
-                is_finite = logits.sum(-1).isfinite()
+                # An entry of -inf is excluded and spoils nothing; +inf and nan spoil their row.
+                is_finite = logits.amax(-1).isfinite()
                 logit_grad = torch.zeros_like(logits)
                 for part, of_logp, of_entropy in zip(
                     ctx.logs, output_grads[:num], output_grads[num : 2 * num], strict=True
@@ -195,6 +197,11 @@ def _tiles(
     return tiles(hidden.shape[0], tile_rows, kind_of)
 
 
+def _least_log(dtype: torch.dtype) -> float:
+    """The logarithm of nothing that is above 0, whose products with weights stay finite."""
+    return -math.sqrt(torch.finfo(dtype).max)
+
+
 class _LogProbs:
     """Log-probabilities and entropies of `ScoredTokens`, tile by tile.
 
@@ -229,7 +236,7 @@ class _LogProbs:
         self.logp[entries] = target_logits - log_total[position]
         if self._tokens.with_entropy:
             # -inf logits have weight 0, and 0 * -inf would be nan.
-            mean = weights.mul_(own.clamp_(min=torch.finfo(own.dtype).min)).sum(-1) / total
+            mean = weights.mul_(own.clamp_(min=_least_log(own.dtype))).sum(-1) / total
             self._row_entropy[self._rows.of(tile)] = log_total - mean
             self.entropy[entries] = self._entropy_of(tile)[position]
 
@@ -265,7 +272,7 @@ class _LogProbs:
             entropy_share.index_add_(0, position, of_entropy[entries, None].to(own.dtype))
             probs = own.exp()
             # -inf logits have probability 0, and 0 * -inf would be nan.
-            own.clamp_(min=torch.finfo(own.dtype).min).add_(self._entropy_of(tile)[:, None])
+            own.clamp_(min=_least_log(own.dtype)).add_(self._entropy_of(tile)[:, None])
             grad = own.mul_(entropy_share).add_(logp_share).mul_(probs).neg_()
         else:
             grad = own.exp_().mul_(-logp_share)

@@ -70,8 +70,8 @@ def tree_hidden_states(
         model,
         input_ids=tree.token_ids.to(device)[None],
         position_ids=tree.positions.to(device)[None],
-        # Given in four dims, transformers takes a mask as it is. Without one it would look at the
-        # positions, take each branch for a document of its own and build its own mask.
+        # Nothing reads it: the kernel knows the tree. Given in four dims it is taken as it is;
+        # without one transformers would build a mask of all pairs from the positions.
         attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),
         prefix_tree=kernel,
     )
@@ -104,6 +104,12 @@ def _forward(
         output = model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
+    if len(captured) != 1:
+        raise ConfigError(
+            f"One forward ran {len(captured)} decoders: nn.DataParallel splits its rows over the "
+            "cards of one process. Start a process for each card, with torchrun or accelerate "
+            "launch, or show the process one card with CUDA_VISIBLE_DEVICES."
+        )
     return captured[0], output.logits[:, -1]
 
 

@@ -1,7 +1,6 @@
 """Draws the hint sites and pairs of the optimizer steps that one generation feeds."""
 
 from collections.abc import Callable, Collection, Sequence
-from typing import cast
 
 from composer_replication.batch.collate import ComposerDataCollator
 from composer_replication.errors import ConfigError
@@ -165,19 +164,4 @@ def _check_accumulation(args: ComposerConfig) -> None:
             f"{accumulation}. One optimizer step would span several generations, so the "
             "tokens of SDPO and the pairs of DPO could not be counted before it starts. Make "
             "steps_per_generation a multiple of gradient_accumulation_steps."
-        )
-
-
-def refuse_reentrant_checkpointing(args: ComposerConfig, num_processes: int) -> None:
-    """DDP cannot average the gradients of several forwards under reentrant checkpointing.
-
-    Raises:
-        ConfigError: both at once.
-    """
-    kinds = cast(dict[str, object], args.gradient_checkpointing_kwargs or {})
-    if args.gradient_checkpointing and kinds.get("use_reentrant") and num_processes > 1:
-        raise ConfigError(
-            "gradient_checkpointing_kwargs has use_reentrant = true and there are "
-            f"{num_processes} processes. Each channel runs a forward of its own, and DDP takes a "
-            "parameter's gradient as whole after the first of them. Set use_reentrant = false."
         )

@@ -33,6 +33,10 @@ class _Held:
 
     needs: frozenset[str]
     scores: Scores
+    tool_mask: Tensor | None
+    """[rollouts, tokens], 0 where an environment wrote."""
+    old_logp: Tensor | None
+    """Of the policy that sampled; None: it is this one."""
 
 
 class Packing:
@@ -142,7 +146,8 @@ class Packing:
         live = {CHANNELS[name].data for name in channels if CHANNELS[name].count(tensors) > 0}
         needs = ROLLOUTS | live
         scores = self._score(model, tensors, needs, self._settings, teacher)
-        self._held = _Held(needs, scores)
+        old_logp = inputs.get("old_per_token_logps")
+        self._held = _Held(needs, scores, inputs.get("tool_mask"), old_logp)
         try:
             yield
         finally:
@@ -168,4 +173,15 @@ class Packing:
             scores = self._score(model, tensors, ROLLOUTS, self._settings, None)
         assert scores.policy_logp is not None
         assert scores.entropy is not None
-        return scores.policy_logp, scores.entropy
+        return self._with_ratio_1(scores.policy_logp), scores.entropy
+
+    def _with_ratio_1(self, policy_logp: Tensor) -> Tensor:
+        """The old log-probs at tool tokens, which the step does not score.
+
+        TRL takes the ratio of every token before it masks: of an unlikely one exp(0 - old) is inf,
+        and inf times a mask of 0 is nan.
+        """
+        held = self._held
+        if held is None or held.tool_mask is None or held.old_logp is None:
+            return policy_logp
+        return policy_logp.where(held.tool_mask.bool(), held.old_logp)

@@ -29,13 +29,11 @@ from composer_replication.training.channel_plan import MicroBatch, scheduled
 from composer_replication.training.channel_weights import channel_weights
 from composer_replication.training.composer_config import ComposerConfig
 from composer_replication.training.finite_checks import check_gradient_norm, non_finite_loss
-from composer_replication.training.generation_plan import (
-    GenerationPlanner,
-    refuse_reentrant_checkpointing,
-)
+from composer_replication.training.generation_plan import GenerationPlanner
 from composer_replication.training.heldout_guard import HeldoutGuard
 from composer_replication.training.metrics import StepClock, means_over_ranks
 from composer_replication.training.packing import Packing
+from composer_replication.training.process_checks import check_processes
 from composer_replication.training.record_loader import hint_sites_from, pairs_from
 from composer_replication.training.record_texts import RecordTextCollator
 from composer_replication.training.references import references_for_run
@@ -141,10 +139,11 @@ class ComposerReplicationTrainer(GRPOTrainer):
         self.teacher: Teacher | None = None
         self.planner: GenerationPlanner | None = None
         data = {CHANNELS[name].data for name in self.channel_weights}
+        if data or self.packing.is_on:
+            check_output_head(policy)
+            check_processes(args, self.accelerator)
         if not data:
             return
-        check_output_head(policy)
-        refuse_reentrant_checkpointing(args, self.accelerator.num_processes)
         if "hint_sites" in data:
             self.teacher = make_teacher(
                 args.teacher,

@@ -127,6 +127,7 @@ def an_excluded_entry_has_no_nan(module):
     assert logp.isfinite().all()
     assert entropy.isfinite().all()
     assert hidden.grad.isfinite().all()
+    assert (hidden.grad.norm(dim=-1) > 0).all()
 
 
 def micro_batches_sum_to_one_large_batch(module):

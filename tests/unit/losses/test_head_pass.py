@@ -1,7 +1,9 @@
 """One head pass against the separate ones, in value, gradient, precision and edge cases."""
 
 import gc
+import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +108,32 @@ def test_one_pass_equals_a_pass_for_each_loss(head, changes, tile_rows):
     )
     for grad, other in zip(my_grads, their_grads, strict=True):
         assert torch.allclose(grad, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("changes", DIVERGENCES.values(), ids=DIVERGENCES)
+def test_an_excluded_entry_leaves_every_other_gradient_as_it_is(changes):
+    """A bias of -inf excludes what pads a vocabulary; its row had lost its gradient."""
+    case, without = Case(has_bias=True), Case(has_bias=True)
+    kept = torch.arange(VOCAB) != 8
+    bias = case.bias.detach().where(kept, -math.inf).requires_grad_()
+    case.bias, case.head = bias, replace(case.head, bias=bias)
+    case.teacher_head = replace(case.teacher_head, bias=torch.zeros(VOCAB).double() + bias.detach())
+    mine, expected = ours(case, 4, **changes), theirs(case, **changes)
+    for value, other in zip(mine, expected, strict=True):
+        assert value.isfinite().all()
+        assert torch.allclose(value, other, rtol=1e-12, atol=1e-12)
+    my_grads, their_grads = (
+        torch.autograd.grad(weighted_sum(values), case.leaves()) for values in (mine, expected)
+    )
+    for grad, other in zip(my_grads, their_grads, strict=True):
+        assert grad.norm() > 0.1
+        assert torch.allclose(grad, other, rtol=1e-11, atol=1e-12)
+    # The log-probs are those of a vocabulary without the entry.
+    smaller = OutputHead(without.weight[kept], without.bias[kept])
+    targets = case.parts[1].targets
+    assert (targets < 8).all()
+    plain = selected_logp(without.hidden[case.parts[1].rows], smaller, targets)
+    assert torch.allclose(mine[1], plain)
 
 
 def test_a_hand_computed_row_has_its_log_probability_entropy_and_gradient():
