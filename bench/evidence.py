@@ -6,7 +6,7 @@
     python bench/evidence.py --render                        # docs/evidence.md from what is there
     python bench/evidence.py --list                          # what is missing
 
-A run that is interrupted leaves no result and is run again.
+A run that is interrupted leaves no result and is run again. Processes may work side by side.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from evidence_page import write_page
+from filelock import FileLock, Timeout
 
 from composer_replication.errors import InputError
 from composer_replication.experiments.evidence_arms import next_runs
@@ -53,10 +54,25 @@ def main() -> int:
     from composer_replication.experiments.evidence import run_evidence
 
     args.results.mkdir(parents=True, exist_ok=True)
-    for run in missing[: args.max_runs]:
-        print(run.key, flush=True)
-        result = run_evidence(run, args.runs, lambda line: print(f"  {line}", flush=True))
-        write_text_atomically(args.results / f"{run.key}.json", to_json_text(result) + "\n")
+    args.runs.mkdir(parents=True, exist_ok=True)
+    num_left = len(missing) if args.max_runs is None else args.max_runs
+    for run in missing:
+        if num_left == 0:
+            break
+        lock = FileLock(args.runs / f"{run.key}.lock", timeout=0)
+        path = args.results / f"{run.key}.json"
+        try:
+            with lock:
+                # Another process may have made it since.
+                if path.exists():
+                    continue
+                print(run.key, flush=True)
+                result = run_evidence(run, args.runs, lambda line: print(f"  {line}", flush=True))
+                write_text_atomically(path, to_json_text(result) + "\n")
+        except Timeout:
+            print(f"{run.key} is being made by another process", flush=True)
+            continue
+        num_left -= 1
         write_page(args.results, ROOT / "docs")
     return 0
 

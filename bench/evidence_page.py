@@ -30,9 +30,9 @@ missing and writes this page again. The model is
 SmolLM2-135M-Instruct, every weight trained in fp32, on the kind of device that each file names.
 
 - All arms of a task have the same settings, prompts, seeds and number of rollouts, so they
-  sample the same number of episodes; tokens differ with how long the episodes are, and are in
-  the table. Error turns of a rollout are the only hint sites: no arm samples anything besides.
-  Tokens sampled are matched, seconds are not: they are below each table by arm.
+  sample the same number of episodes, which is what is matched. Tokens differ with how long the
+  episodes are, by up to a quarter on task A, and are in the table; seconds are below each table by
+  arm. Error turns of a rollout are the only hint sites: no arm samples anything besides.
 - Settings are those of trials (log.md) on training prompts and on a validation split, whose files,
   folders and words are in neither of the other two. No grid was searched. All were chosen twice.
   Task A's first ones, found on the shipped drift alone, took all three channels to 90 % of its
