@@ -209,6 +209,10 @@ class _LogProbs:
     same tiles: *entries* are the tokens in the caller's order, *rows* the distinct hidden rows
     behind them, ascending. `of(tile)` is a tile's part of such a list; `local(tile)` says where its
     rows are in the tile of logits; a *position* is a place among the tile's own distinct rows.
+
+    Example: tokens predicted by rows `3 0 9 3`, tiles of 5 rows. The first tile has entries `1 0 3`
+    (rows 0, 3, 3), its distinct rows `0 3` and so positions `0 1 1`; the second has entry `2`, row
+    9, which is row 4 of that tile and its position 0.
     """
 
     def __init__(self, tokens: ScoredTokens, edges: list[int], like: Tensor) -> None:

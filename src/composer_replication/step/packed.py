@@ -99,8 +99,8 @@ def score_packed(
         hidden, rows = _only(hidden, rows)
     compared = None
     if teacher_hidden is not None and teacher_head is not None:
-        names = (field.name for field in fields(DivergenceOptions))
-        sdpo = DivergenceOptions(**{name: getattr(settings.sdpo, name) for name in names})
+        options_of = (field.name for field in fields(DivergenceOptions))
+        sdpo = DivergenceOptions(**{name: getattr(settings.sdpo, name) for name in options_of})
         compared = ComparedTokens(rows["student"], teacher_hidden, teacher_head, sdpo)
     temperature = {"rollouts": settings.grpo.temperature, "chosen": 1.0, "rejected": 1.0}
     names = [name for name in temperature if name in roles]

@@ -142,16 +142,16 @@ def _hidden_rows(
 ) -> Float[Tensor, "R H"]:
     ends = np.cumsum([tree.num_rows for tree in trees])
     bounds = torch.searchsorted(kept, torch.from_numpy(np.concatenate([[0], ends]))).tolist()
-    steps = []
+    parts = []
     for i, tree in enumerate(trees):
         local = kept[bounds[i] : bounds[i + 1]] - int(ends[i] - tree.num_rows)
-        steps.append(partial(_part_rows, tree=tree, rows=local.to(device), options=options))
-    if len(steps) == 1:
-        return steps[0](model)
+        parts.append(partial(_part_rows, tree=tree, rows=local.to(device), options=options))
+    if len(parts) == 1:
+        return parts[0](model)
     # Each part's activations live only while its own gradient is computed. DDP prepares once for
     # all of them: its own forward is not to be run again in the middle of a backward.
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    hidden = torch.cat([checkpoint(run, inner, use_reentrant=False) for run in steps])
+    hidden = torch.cat([checkpoint(run, inner, use_reentrant=False) for run in parts])
     return hidden + zero_in_graph(model) if inner is not model else hidden
 
 

@@ -51,11 +51,13 @@ class PrefixTree:
         for index in dfs_order(sequences):
             ids = sequences[index]
             shared = common_prefix(previous, ids)
+            # What the last sequence has below the branch is seen by no row from here on.
             self._reach.append((path[shared:], num_rows))
-            is_longer_previous = 0 < len(path) == shared
+            # The last sequence is a prefix of this one, so its run goes on.
+            continues_last = 0 < len(path) == shared
             new_rows = np.arange(num_rows, num_rows + len(ids) - shared)
             if len(new_rows):
-                self._add_run(new_rows, path[:shared], extends_last=is_longer_previous)
+                self._add_run(new_rows, path[:shared], extends_last=continues_last)
             path = np.concatenate([path[:shared], new_rows])
             self.rows[index] = path
             tokens.append(ids[shared:])
