@@ -147,7 +147,7 @@ def _cut(rows: Iterable[_Row], max_tokens: int | None) -> tuple[int, tuple[int, 
     roots: list[list[_Row]] = []
     for tokens, shared in rows:
         new = tokens - shared
-        if shared == 0:
+        if not roots or shared == 0:
             roots.append([])
         roots[-1].append((tokens, shared))
         if not parts or (max_tokens is not None and parts[-1] + new > max_tokens):
