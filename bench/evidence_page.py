@@ -44,8 +44,8 @@ SmolLM2-135M-Instruct, every weight trained in fp32, on the kind of device that 
   prompts of seeds 0 and 1, and 36 steps, so that one point of its curve lies below a quarter of the
   tokens. log.md has the trials. So held-out prompts of seeds 0 to 4 had been seen before the last
   change; *fresh seeds* are those from 5 on. They draw from the same held-out files, folders and
-  words: no prompt of seed 5 is one of seeds 0 to 4, and 12 of its 40 last requests are. Drifts
-  other than those four had never been tried. No held-out string is in a hint, a pair or a prompt
+  words: no prompt of seeds 5 and 6 is one of seeds 0 to 4, and 12 and 15 of their 40 last requests
+  are. Drifts other than those four had never been tried. No held-out string is in a hint, a pair or a prompt
   of training.
 - *greedy* and *at T*, that of the rollouts: exact success on held-out prompts, the first action
   right and the request carried out. The interval is 95 %: over seeds (Student's t) where there are
@@ -261,7 +261,7 @@ def _adam(grpo: Mapping[str, object]) -> str:
 
 
 def _train_seconds(cells: list[Cell]) -> list[str]:
-    """How long training takes, by device; runs on one thread shared the machine with others."""
+    """How long training takes, by device; where runs are many they shared the machine."""
     by_device: dict[str, dict[str, list[float]]] = {}
     for cell in cells:
         for result in cell.results:
@@ -272,15 +272,18 @@ def _train_seconds(cells: list[Cell]) -> list[str]:
     for device, arms in sorted(by_device.items()):
         found = [seconds for times in arms.values() for seconds in times]
         medians = ", ".join(f"{arm} {median(times):.0f}" for arm, times in arms.items())
-        lines += [
+        if len(found) == 1:
+            (arm,) = arms
+            lines.append(f"On {device} a run of {arm} took {found[0]:.0f} s.")
+            continue
+        lines.append(
             f"Training took {min(found):.0f} to {max(found):.0f} s on {device} ({len(found)} "
             "runs), beside other work, which was more for some than for others; medians by arm: "
-            f"{medians}.",
-            "",
-        ]
-    if "1-thread CPU" in by_device:
-        lines[-1:] = ["One thread is half of a 2-core CPU.", ""]
-    return lines
+            f"{medians}."
+        )
+        if device == "1-thread CPU":
+            lines.append("One thread is half of a 2-core CPU.")
+    return [*lines, ""] if lines else []
 
 
 def _own_last_score(cells: list[Cell]) -> list[str]:
