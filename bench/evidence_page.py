@@ -185,7 +185,7 @@ def plot(cells: list[Cell], path: Path) -> None:
     from matplotlib.figure import Figure
 
     mpl.rcParams["svg.hashsalt"] = "evidence"
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    figure = Figure(figsize=(9.5, 4), layout="constrained")
     axes = figure.add_subplot()
     start = _start(cells)
     for cell in cells:
@@ -205,11 +205,11 @@ def plot(cells: list[Cell], path: Path) -> None:
         means = [sum(values) / len(values) for values in rates]
         (line,) = axes.plot(tokens, means, marker="o", ms=3, label=ARMS[cell.arm].title)
         low, high = [min(values) for values in rates], [max(values) for values in rates]
-        axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.15, lw=0)
+        axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.1, lw=0)
     axes.set_xlabel("tokens sampled in rollouts")
     axes.set_ylabel("held-out success, greedy")
     axes.set_ylim(-0.03, 1.03)
-    axes.legend(fontsize=7, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     figure.savefig(path, metadata={"Date": None})
 
 
