@@ -271,11 +271,11 @@ def _train_seconds(cells: list[Cell]) -> list[str]:
     lines: list[str] = []
     for device, arms in sorted(by_device.items()):
         found = [seconds for times in arms.values() for seconds in times]
-        medians = ", ".join(f"{arm} {median(times):.0f}" for arm, times in arms.items())
         if len(found) == 1:
             (arm,) = arms
             lines.append(f"On {device} a run of {arm} took {found[0]:.0f} s.")
             continue
+        medians = ", ".join(f"{arm} {median(times):.0f}" for arm, times in arms.items())
         lines.append(
             f"Training took {min(found):.0f} to {max(found):.0f} s on {device} ({len(found)} "
             "runs), beside other work, which was more for some than for others; medians by arm: "

@@ -16,6 +16,10 @@ MIN_FIXED_TOKENS = 16
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
 
+STEP_TIMEOUT_S = 60.0
+MAX_CONCURRENCY = 64
+
+
 class RolloutConfig(ConfigModel):
     """`[rollout]`: where fresh rollouts come from and what judges them."""
 
@@ -29,10 +33,10 @@ class RolloutConfig(ConfigModel):
     """Most actions in one rollout; an environment may end it sooner."""
     max_action_tokens: int = Field(default=40, ge=1)
     """Tokens sampled for one action."""
-    step_timeout_s: float = Field(default=60.0, gt=0)
+    step_timeout_s: float = Field(default=STEP_TIMEOUT_S, gt=0)
     """Seconds in which an environment must answer one call; a rollout whose environment does not is
     counted and has no reward."""
-    max_concurrency: int = Field(default=64, ge=1)
+    max_concurrency: int = Field(default=MAX_CONCURRENCY, ge=1)
     """Environments that may work at a time."""
 
     @field_validator("environment")

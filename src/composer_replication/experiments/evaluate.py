@@ -18,6 +18,7 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from composer_replication.config.execution_sections import MAX_CONCURRENCY, STEP_TIMEOUT_S
 from composer_replication.environments.registry import environment_class
 from composer_replication.experiments.policy_sampling import (
     Decoding,
@@ -30,12 +31,7 @@ from composer_replication.planner.evaluation_shape import BATCH_SIZE
 from composer_replication.step.hidden_states import causal_lm
 from composer_replication.training.rewards import RewardFunction
 from composer_replication.training.rollout_episode import Episode, Limits
-from composer_replication.training.rollouts import (
-    MAX_CONCURRENCY,
-    STEP_TIMEOUT_S,
-    EnvironmentRollouts,
-    Prompt,
-)
+from composer_replication.training.rollouts import EnvironmentRollouts, Prompt
 from composer_replication.training.routing import ROUNDING
 from composer_replication.training.shared_prefill import shared_prefill
 

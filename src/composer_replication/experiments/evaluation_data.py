@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from composer_replication.config.execution_sections import SmokeConfig
+from composer_replication.config.execution_sections import (
+    MAX_CONCURRENCY,
+    STEP_TIMEOUT_S,
+    SmokeConfig,
+)
 from composer_replication.config.grpo_keys import grpo_count
 from composer_replication.config.loading import load_config
 from composer_replication.config.run_config import RunConfig
@@ -20,7 +24,6 @@ from composer_replication.runs.followed_run import FollowedRun
 from composer_replication.traces.json_lines import Row
 from composer_replication.traces.pairs import PreferencePair
 from composer_replication.training.rewards import RewardFunction
-from composer_replication.training.rollouts import MAX_CONCURRENCY, STEP_TIMEOUT_S
 
 HELDOUT_FOLDER = "heldout"
 REPORT_FILE = "evaluation.json"

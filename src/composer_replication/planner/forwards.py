@@ -34,15 +34,16 @@ class Forward:
     @property
     def output_tokens(self) -> int:
         """Whose hidden states leave the model: all, or of a cut tree the rows that are scored."""
-        return self.num_tokens if not self.cuts else self.num_scored + self._compared
+        return self.num_tokens if not self.cuts else self.num_scored + self.num_compared
 
     @property
     def teacher_output_tokens(self) -> int:
         """The same of the teacher."""
-        return self._compared if self.teacher_cuts else self.num_teacher_tokens
+        return self.num_compared if self.teacher_cuts else self.num_teacher_tokens
 
     @property
-    def _compared(self) -> int:
+    def num_compared(self) -> int:
+        """Scored rows of a tree that a teacher is compared at."""
         return sum(rows for rows, is_compared in self.tree_parts if is_compared)
 
 

@@ -36,8 +36,7 @@ class HeadMemory:
         """Hidden rows that wait for the backward."""
         row = self.stream * self.hidden
         if forward.tree_parts:
-            compared = sum(rows for rows, is_compared in forward.tree_parts if is_compared)
-            return (forward.num_scored + compared) * row
+            return (forward.num_scored + forward.num_compared) * row
         if forward.is_divergence:
             return forward.num_scored * (2 * row + FP32 * self.hidden)
         return forward.num_scored * row

@@ -33,17 +33,14 @@ def smallest_change(config: RunConfig, fits: Callable[[RunConfig], bool]) -> Cha
 
 def _changes(config: RunConfig) -> Iterator[Change]:
     """The same sums made slower, then smaller parts, shorter rows, less that is trained."""
-    checkpointed = _with_grpo(config, gradient_checkpointing=True)
-    is_checkpointed = config.grpo.get("gradient_checkpointing")
-    also = "grpo.gradient_checkpointing = true and "
-    if not is_checkpointed:
+    bases = [(config, "")]
+    if not config.grpo.get("gradient_checkpointing"):
+        checkpointed = _with_grpo(config, gradient_checkpointing=True)
         yield Change("grpo.gradient_checkpointing = true", checkpointed)
-    yield from _cut_trees(config, "")
-    if not is_checkpointed:
-        yield from _cut_trees(checkpointed, also)
-    for base, before in ((config, ""), (checkpointed, also)):
-        if before and is_checkpointed:
-            return
+        bases.append((checkpointed, "grpo.gradient_checkpointing = true and "))
+    for base, before in bases:
+        yield from _cut_trees(base, before)
+    for base, before in bases:
         yield from _smaller_parts(base, before)
         yield from _adapter(base, before)
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from composer_replication.batch.render import end_of_turn_ids, render_state
+from composer_replication.config.execution_sections import MAX_CONCURRENCY, STEP_TIMEOUT_S
 from composer_replication.environments.protocol import Observation, TextEnvironment
 from composer_replication.errors import ConfigError, DataError, RewardError
 from composer_replication.step.hidden_states import causal_lm
@@ -32,9 +33,6 @@ from composer_replication.training.rollout_episode import (
 )
 from composer_replication.training.shared_prefill import shared_prefill
 from composer_replication.training.trl_hooks import GRPOTrainer
-
-STEP_TIMEOUT_S = 60.0
-MAX_CONCURRENCY = 64
 
 Prompt = Sequence[Mapping[str, object]]
 ActionSampler = Callable[[Sequence[list[int]], int], list[SampledAction]]
@@ -262,9 +260,9 @@ def _step_with(text: str) -> Callable[[TextEnvironment], Observation]:
 def _total_failure(failures: Sequence[Failure]) -> BaseException:
     """Why a batch has no reward at all, which no later batch can be expected to have either."""
     first = failures[0]
-    if first.kind == "crash" and isinstance(first.error, Exception):
-        return first.error
     if first.kind == "crash":
+        if isinstance(first.error, Exception):
+            return first.error
         return RewardError(
             f"The environment raised {first.error!r} in all {len(failures)} rollouts, which would "
             "end the program without a word. Let it raise an Exception, or answer with an error."
