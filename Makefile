@@ -16,6 +16,8 @@ export MALLOC_TRIM_THRESHOLD_ = 17179869184
 export MALLOC_TOP_PAD_ = 268435456
 # Threads that wait sleep instead of spinning: 4 to 10 times faster beside other busy processes.
 export OMP_WAIT_POLICY = PASSIVE
+# After a short wait, so that small operations one after another find them awake.
+export GOMP_SPINCOUNT = 10000
 
 .PHONY: setup dev smoke test check docs-check bench clean
 

@@ -48,6 +48,7 @@ def performance() -> str:
     lines += [*growth_lines(growth), *counted_memory_lines(memory), *equality_lines(timed)]
     lines += precision_lines(precision)
     lines += turn_lines(json.loads((RESULTS / "rollout_turns.json").read_text()))
+    lines += system_lines(json.loads((RESULTS / "rollout_system.json").read_text()))
     return "\n".join(lines) + "\n"
 
 
@@ -305,12 +306,7 @@ def precision_lines(report: dict[str, Any] | None) -> list[str]:
 
 def turn_lines(report: dict[str, Any]) -> list[str]:
     """Sampling rollouts of several turns."""
-    sizes, seconds = report["sizes"], report["rollout_s"]
-    rows = [
-        f"| {name} | {seconds[name]:.1f} | {report['ratios'].get(name, 1.0):.2f} | "
-        f"{report['processor_ratios'].get(name, 1.0):.2f} |"
-        for name in seconds
-    ]
+    sizes = report["sizes"]
     before = [
         "## Sampling rollouts of several turns",
         "",
@@ -319,6 +315,30 @@ def turn_lines(report: dict[str, Any]) -> list[str]:
         f"each, {sizes['turns']} turns of {sizes['action']} sampled tokens and {sizes['answer']}",
         "of the environment. *generate*: each turn computes every row's whole context again.",
         "*groups*: each distinct context once. *ours*: and of it only what the turn before has not",
-        f"computed. All sampled the same tokens first; medians of {sizes['repeats']} rounds.",
+        "computed. *copied*: ours, but for transformers' own cache, which copies all keys and",
+        "values for each token; ours appends in place. All sampled the same tokens first;",
+        f"medians of {sizes['repeats']} rounds.",
+    ]
+    return sampling_table(before, report)
+
+
+def system_lines(report: dict[str, Any]) -> list[str]:
+    """Sampling at prompts that begin alike."""
+    sizes = report["sizes"]
+    before = [
+        f"One turn at {sizes['prompts']} prompts of {sizes['system'] + sizes['prompt']} tokens,",
+        f"the first {sizes['system']} of them the same in all (a system prompt and tools), which",
+        f"ours and *groups* compute once; {sizes['action']} sampled tokens:",
+    ]
+    return sampling_table(before, report)
+
+
+def sampling_table(before: list[str], report: dict[str, Any]) -> list[str]:
+    """Seconds and ratios of each way to sample."""
+    seconds = report["rollout_s"]
+    rows = [
+        f"| {name} | {seconds[name]:.1f} | {report['ratios'].get(name, 1.0):.2f} | "
+        f"{report['processor_ratios'].get(name, 1.0):.2f} |"
+        for name in seconds
     ]
     return table(before, ["sampling", "seconds", "over ours", "processor"], rows)

@@ -1,10 +1,12 @@
 """Time of sampling rollouts of several turns: transformers alone, by group, and from turn to turn.
 
     python bench/rollout_turns.py --turns 4 --json
+    python bench/rollout_turns.py --turns 1 --prompts 8 --rollouts 1 --system 384 --prompt 128
 
 - `generate`: each turn computes every row's whole context again, as TRL's own loop does.
 - `groups`: each turn computes each distinct context once.
 - `ours`: and of that only what the turn before has not computed (`shared_prefill` around all).
+- `copied`: ours, but for transformers' own cache, which copies all of itself for each token.
 
 Checks first that all sample the same tokens (exit 1 if not). Prompts, and what the environment
 answers, are random ids; every action has the same number of tokens. The median over repeats that
@@ -20,18 +22,20 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from step_measure import PROCESS_ENV, Seconds, machine_name, timed
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+import composer_replication.training.shared_prefill as shared_prefill_module
 from composer_replication.training.model_source import load_model
 from composer_replication.training.shared_prefill import shared_prefill
 
 Contexts = list[list[int]]
-NAMES = ("generate", "groups", "ours")
-SIZES = ("prompts", "rollouts", "prompt", "action", "answer", "turns", "repeats")
+NAMES = ("generate", "groups", "copied", "ours")
+SIZES = ("prompts", "rollouts", "system", "prompt", "action", "answer", "turns", "repeats")
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,7 +44,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--rollouts", type=int, default=4, help="of each prompt")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens")
+    parser.add_argument("--system", type=int, default=0, help="tokens that all prompts begin with")
+    parser.add_argument("--prompt", type=int, default=128, help="further tokens of each prompt")
     parser.add_argument("--action", type=int, default=16, help="tokens")
     parser.add_argument("--answer", type=int, default=32, help="tokens of the environment")
     parser.add_argument("--turns", type=int, default=4)
@@ -56,7 +61,9 @@ def make_texts(args: argparse.Namespace, num_ids: int) -> tuple[Contexts, list[C
     def draw(rows: int, tokens: int) -> Contexts:
         return torch.randint(5, num_ids, (rows, tokens), generator=generator).tolist()
 
-    prompts = [ids for ids in draw(args.prompts, args.prompt) for _ in range(args.rollouts)]
+    system = draw(1, args.system)[0] if args.system else []
+    own = draw(args.prompts, args.prompt)
+    prompts = [[*system, *ids] for ids in own for _ in range(args.rollouts)]
     return prompts, [draw(len(prompts), args.answer) for _ in range(args.turns)]
 
 
@@ -93,9 +100,14 @@ def variants(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Call
         with shared_prefill(module):
             return play(model, args, contextlib.nullcontext)
 
+    def copied() -> Contexts:
+        with mock.patch.object(shared_prefill_module, "let_grow", lambda cache: cache):
+            return ours()
+
     return {
         "generate": lambda: play(model, args, contextlib.nullcontext),
         "groups": lambda: play(model, args, lambda: shared_prefill(module)),
+        "copied": copied,
         "ours": ours,
     }
 

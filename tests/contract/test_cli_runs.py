@@ -273,7 +273,7 @@ import json, os, sys, types
 module = types.ModuleType("composer_replication.experiments.smoke")
 def run_smoke(config, run, console):
     from composer_replication.runs.summary import Summary
-    ours = ("MALLOC_", "OMP_WAIT", "COMPOSER_", "TOKENIZERS")
+    ours = ("MALLOC_", "OMP_WAIT", "GOMP_", "COMPOSER_", "TOKENIZERS")
     names = [name for name in os.environ if name.startswith(ours)]
     seen = {name: os.environ[name] for name in names}
     return Summary(status="passed", notes=[json.dumps(seen), str(os.getpid()), *sys.argv[1:]])
@@ -289,7 +289,7 @@ def run_reexecuted(tmp_path, **environment):
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("MALLOC_", "OMP_WAIT"))
+        if not name.startswith(("MALLOC_", "OMP_WAIT", "GOMP_"))
     }
     kept.pop("COMPOSER_REEXECUTED", None)
     kept.pop("TOKENIZERS_PARALLELISM", None)

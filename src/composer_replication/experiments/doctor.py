@@ -38,6 +38,7 @@ MALLOC_VARIABLES = (
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_TOP_PAD_",
     "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
 )
 # SmolLM2-135M in float32: 0.5 GiB each for weights, gradients and a teacher, 1 for AdamW, and the
 # rest for activations.
@@ -210,7 +211,7 @@ def _allocator_line() -> DoctorLine:
         return DoctorLine("allocator", None, "only glibc has settings that help here", "")
     unset = [name for name in MALLOC_VARIABLES if name not in os.environ]
     if not unset:
-        return DoctorLine("allocator", True, "MALLOC_* and OMP_WAIT_POLICY are set", "")
+        return DoctorLine("allocator", True, "MALLOC_*, OMP_WAIT_POLICY, GOMP_SPINCOUNT set", "")
     pronoun = "it" if len(unset) == 1 else "them"
     finding = (
         f"{', '.join(unset)} not set here; the verbs that compute set {pronoun} for themselves"

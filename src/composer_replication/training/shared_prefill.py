@@ -4,7 +4,8 @@
 a group begin with the same prompt: at P = 1024, G = 4 and actions of 64 tokens its copies are three
 quarters of all that sampling computes. And each turn begins with everything up to the turn before,
 so that T turns cost T squared. Here each distinct context is computed once, its cache repeated, and
-the next turn goes on from the caches of this one.
+the next turn goes on from the caches of this one. A system prompt and tool descriptions, with which
+the contexts of all prompts begin, are computed once too, where that saves enough.
 
 Letters: B rows, U distinct contexts, K kept columns, T columns, H heads, D head size.
 """
@@ -21,9 +22,14 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from composer_replication.step.hidden_states import causal_lm
+from composer_replication.training.growing_cache import let_grow
 
 _CACHED_LAYERS = {"full_attention", "sliding_attention"}
 """Kinds of layers whose cache is keys and values, a row of them for each context."""
+
+_WORTH_A_FORWARD = 1024
+"""Tokens: what all contexts begin with gets a forward of its own where that saves so many. On a GPU
+the launches of a small model's forward take about as long as those tokens."""
 
 
 @contextlib.contextmanager
@@ -92,9 +98,7 @@ class _GenerateFromShared:
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, **keywords
         )
         if cache is not None:
-            layers = _whole_layers(cache, output)
-            num_padded = (attention_mask == 0).sum(1)
-            self._kept = None if layers is None else _Kept(output[:, :-1], num_padded, layers)
+            self._kept = _kept_after(cache, output, attention_mask)
         return output
 
     def _cache_of(self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]) -> DynamicCache | None:
@@ -112,6 +116,8 @@ class _GenerateFromShared:
         first_of.scatter_reduce_(0, row_of, rows, reduce="amin")
         ids, mask = ids[first_of], mask[first_of]
         positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        if self._kept is None:
+            self._kept = self._common_start(ids, mask)
         cache, start = self._kept_columns(ids, mask)
         self._lm(
             input_ids=ids[:, start:],
@@ -124,11 +130,25 @@ class _GenerateFromShared:
         cache.reorder_cache(row_of)
         return cache
 
+    def _common_start(self, ids: Int[Tensor, "U T"], mask: Int[Tensor, "U T"]) -> _Kept | None:
+        """What all contexts begin with, as if a turn had ended there; None where that is little."""
+        num_padded = (mask == 0).sum(1)
+        columns = num_padded[:, None] + torch.arange(int(mask.sum(1).min()), device=ids.device)
+        starts = ids.gather(1, columns)
+        num_common = int((starts == starts[0]).all(0).long().cumprod(0).sum())
+        if num_common * (len(ids) - 1) < _WORTH_A_FORWARD:
+            return None
+        common = starts[:1, :num_common]
+        cache = let_grow(DynamicCache(config=self._lm.config))
+        self._lm(input_ids=common, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        layers = _whole_layers(cache, common.shape)
+        return None if layers is None else _Kept(common, num_padded.new_zeros(1), layers)
+
     def _kept_columns(
         self, ids: Int[Tensor, "U T"], mask: Int[Tensor, "U T"]
     ) -> tuple[DynamicCache, int]:
         """A cache of the first K columns, and K: every row ends with at most T - K new tokens."""
-        cache = DynamicCache(config=self._lm.config)
+        cache = let_grow(DynamicCache(config=self._lm.config))
         kept, self._kept = self._kept, None
         if kept is None:
             return cache, 0
@@ -136,7 +156,7 @@ class _GenerateFromShared:
         lengths = mask.sum(1).tolist()
         found = [kept.shared_with(row[len(row) - n :]) for row, n in zip(ids, lengths, strict=True)]
         num_new = max(n - shared for n, (_, shared) in zip(lengths, found, strict=True))
-        # At least one, so that processes with sharded weights all make a forward.
+        # At least one: there is no forward of nothing.
         start = ids.shape[1] - max(num_new, 1)
         if start < 1:
             return cache, 0
@@ -157,19 +177,27 @@ def _taken(states: Tensor, rows: Int[Tensor, " U"], columns: Int[Tensor, "U K"])
     return states.transpose(1, 2)[rows[:, None], columns].transpose(1, 2)
 
 
-def _whole_layers(cache: DynamicCache, output: object) -> list[tuple[Tensor, Tensor]] | None:
-    """Keys and values of every layer; None unless each has all columns of the output but the last.
+def _kept_after(
+    cache: DynamicCache, output: object, attention_mask: Int[Tensor, "B T"]
+) -> _Kept | None:
+    """What a finished `generate` leaves: all columns but that of the last token."""
+    if not isinstance(output, Tensor):
+        return None
+    ids = output[:, :-1]
+    layers = _whole_layers(cache, ids.shape)
+    return None if layers is None else _Kept(ids, (attention_mask == 0).sum(1), layers)
+
+
+def _whole_layers(cache: DynamicCache, shape: torch.Size) -> list[tuple[Tensor, Tensor]] | None:
+    """Keys and values of every layer; None unless each has all of these rows and columns.
 
     A sliding window forgets columns.
     """
-    if not isinstance(output, Tensor):
-        return None
-    whole = (output.shape[0], output.shape[1] - 1)
     layers: list[tuple[Tensor, Tensor]] = []
     for layer in cache.layers:
         if not isinstance(layer, CacheLayerMixin) or layer.keys is None or layer.values is None:
             return None
-        if (layer.keys.shape[0], layer.keys.shape[2]) != whole:
+        if (layer.keys.shape[0], layer.keys.shape[2]) != tuple(shape):
             return None
         layers.append((layer.keys, layer.values))
     return layers

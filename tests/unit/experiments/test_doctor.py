@@ -185,7 +185,7 @@ def test_unset_malloc_variables_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     for name in MALLOC_VARIABLES:
         monkeypatch.setenv(name, "0")
     assert line("allocator") == DoctorLine(
-        "allocator", True, "MALLOC_* and OMP_WAIT_POLICY are set", ""
+        "allocator", True, "MALLOC_*, OMP_WAIT_POLICY, GOMP_SPINCOUNT set", ""
     )
     monkeypatch.delenv("MALLOC_TOP_PAD_")
     assert line("allocator") == DoctorLine(

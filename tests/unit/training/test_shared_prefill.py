@@ -13,6 +13,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import composer_replication.training.shared_prefill as shared_prefill_module
 from composer_replication.training.shared_prefill import shared_prefill
 
 SIZES = {
@@ -152,6 +153,42 @@ def test_a_turn_costs_its_new_tokens_alone():
         assert torch.equal(sampled(model, turn, max_new_tokens=1), after)
     # The last sampled token and 3 of the answer in each row, instead of 31 columns.
     assert shared.get_total_flops() / alone.get_total_flops() == pytest.approx(4 / 31, rel=0.2)
+
+
+SYSTEM = list(range(20, 44))
+"""A prompt that all contexts begin with."""
+
+
+@pytest.mark.parametrize("system", [SYSTEM, SYSTEM[:3]])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_all_contexts_begin_with_may_have_a_forward_of_its_own(name, system, monkeypatch):
+    monkeypatch.setattr(shared_prefill_module, "_WORTH_A_FORWARD", 1)
+    model = build(name)
+    first = [[*system, *rest] for rest in (A, B, [*A, *B], A, [50])]
+    expected = sampled(model, first)
+    turn = [[*row, 21, *C] for row in real_rows(expected, first)]
+    with shared_prefill(model):
+        assert torch.equal(sampled(model, first), expected)
+        after = sampled(model, turn)
+    assert torch.equal(after, sampled(model, turn))
+    # One of the contexts is all that the others begin with.
+    nested = [system, [*system, *A], [*system, *B]]
+    with shared_prefill(model):
+        found = sampled(model, nested)
+    assert torch.equal(found, sampled(model, nested))
+
+
+@pytest.mark.parametrize(("worth", "tokens"), [(24, 24 + 3 * 8), (49, 3 * 31 + 1)])
+def test_a_common_start_is_computed_once_where_it_saves_enough(worth, tokens, monkeypatch):
+    """3 contexts of 32 tokens, 24 of them common: 48 are saved."""
+    monkeypatch.setattr(shared_prefill_module, "_WORTH_A_FORWARD", worth)
+    model = build("llama")
+    contexts = [[*SYSTEM, *([first] * 8)] for first in (50, 51, 52)]
+    with FlopCounterMode(display=False) as alone:
+        sampled(model, contexts, max_new_tokens=1)
+    with shared_prefill(model), FlopCounterMode(display=False) as shared:
+        sampled(model, contexts, max_new_tokens=1)
+    assert shared.get_total_flops() / alone.get_total_flops() == pytest.approx(tokens / 96, rel=0.1)
 
 
 @pytest.mark.parametrize("settings", [{"num_return_sequences": 2}, {"num_beams": 2}])
