@@ -1,6 +1,8 @@
 """The package's own step under its executors, and the reference that every step must equal."""
 
+import hashlib
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -234,15 +236,25 @@ def _merged(rows: Sequence[tuple[Ids, Ids]]) -> tuple[int, int]:
     return unique_tokens([(*context, *action[:-1]) for context, action in rows])
 
 
-def _action_prefixes(rows: Sequence[tuple[Ids, Ids]]) -> set[Ids]:
+def _action_prefixes(rows: Sequence[tuple[Ids, Ids]]) -> set[bytes]:
     """What precedes each scored token: distinct ones are distinct rows of the head."""
-    return {(*context, *action[:end]) for context, action in rows for end in range(len(action))}
+    return {prefix for context, action in rows for prefix in _prefixes(context, action)}
 
 
-def _sampled_prefixes(part: Workload) -> set[Ids]:
+def _sampled_prefixes(part: Workload) -> set[bytes]:
     return {
-        (*rollout.prompt_ids, *rollout.completion_ids[:end])
+        prefix
         for rollout in part.rollouts
-        for end, is_sampled in enumerate(rollout.action_mask)
+        for prefix, is_sampled in zip(
+            _prefixes(rollout.prompt_ids, rollout.completion_ids), rollout.action_mask, strict=True
+        )
         if is_sampled
     }
+
+
+def _prefixes(context: Ids, action: Ids) -> Iterator[bytes]:
+    """What precedes each token of the action, as 16 bytes whatever its length."""
+    digest = hashlib.blake2b(array("q", context).tobytes(), digest_size=16)
+    for token in action:
+        yield digest.digest()
+        digest.update(array("q", [token]).tobytes())
