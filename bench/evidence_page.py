@@ -261,29 +261,37 @@ def _adam(grpo: Mapping[str, object]) -> str:
 
 
 def _train_seconds(cells: list[Cell]) -> list[str]:
-    """How long training takes, by device; where runs are many they shared the machine."""
+    """How long training takes, by device; runs on one of the machine's threads shared it."""
     by_device: dict[str, dict[str, list[float]]] = {}
+    whole_runs: dict[str, list[float]] = {}
     for cell in cells:
         for result in cell.results:
             if result["steps"]:
                 arms = by_device.setdefault(result["device"], {})
                 arms.setdefault(ARMS[cell.arm].title, []).append(result["train_s"])
+                whole_runs.setdefault(result["device"], []).append(result["total_s"])
     lines: list[str] = []
     for device, arms in sorted(by_device.items()):
         found = [seconds for times in arms.values() for seconds in times]
-        if len(found) == 1:
-            (arm,) = arms
-            lines.append(f"On {device} a run of {arm} took {found[0]:.0f} s.")
-            continue
         medians = ", ".join(f"{arm} {median(times):.0f}" for arm, times in arms.items())
-        lines.append(
-            f"Training took {min(found):.0f} to {max(found):.0f} s on {device} ({len(found)} "
-            "runs), beside other work, which was more for some than for others; medians by arm: "
-            f"{medians}."
-        )
+        runs = "1 run" if len(found) == 1 else f"{len(found)} runs"
+        start = f"Training took {_span(found)} s on {device} ({runs})"
         if device == "1-thread CPU":
-            lines.append("One thread is half of a 2-core CPU.")
+            lines.append(
+                f"{start}, beside other work, which was more for some than for others; medians by "
+                f"arm: {medians}. One thread is half of a 2-core CPU."
+            )
+        else:
+            lines.append(
+                f"{start}, with nothing beside it, and whole runs with their evaluations "
+                f"{_span(whole_runs[device])} s; medians of training by arm: {medians}."
+            )
     return [*lines, ""] if lines else []
+
+
+def _span(values: list[float]) -> str:
+    low, high = (f"{value:.0f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _own_last_score(cells: list[Cell]) -> list[str]:

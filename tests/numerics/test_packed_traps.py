@@ -19,10 +19,11 @@ from tree_batches import largest_errors, losses_and_gradients, shared_batch
 
 from composer_replication.errors import ModelError
 from composer_replication.step import rectangle_kernels, rectangles, tree_attention, tree_forward
+from composer_replication.step.attention_interface import attend, follow_trees
 from composer_replication.step.hidden_states import causal_lm, final_hidden_states
 from composer_replication.step.hidden_states import tree_hidden_states as on_tree
 from composer_replication.step.packed import score_packed
-from composer_replication.step.tree_attention import RectangleKernel, attend, follow_trees
+from composer_replication.step.tree_attention import RectangleKernel
 from composer_replication.step.tree_forward import TreeOptions
 from composer_replication.step.trie import PrefixTree
 
@@ -250,7 +251,7 @@ def backward_of_each_rectangle_alone(patch):
 
     def backward(query, key, value, distance, mask, scoring, whole):
         out, lse = own_forward(query, key, value, distance, mask, scoring)
-        alone = rectangle_kernels.Partial(out, lse, whole.output_grad)
+        alone = rectangle_kernels.Merged(out, lse, whole.output_grad)
         return own_backward(query, key, value, distance, mask, scoring, alone)
 
     patch.setattr(rectangles, "rectangle_backward", backward)

@@ -75,6 +75,18 @@ def forwards_of(case: StepCase) -> list[Forward]:
     return found
 
 
+def dear_cut(case: StepCase) -> tuple[int, int] | None:
+    """Tokens that a cut tree computes, and those of its sequences one by one, which are fewer.
+
+    None where the tree is not cut, or its parts cost less. `step.tree_forward` warns of the same.
+    """
+    rows = list(_tree_rows(case))
+    computed, cuts = _cut(rows, case.tree_max_tokens)
+    alone, whole = sum(n for n, _ in rows), sum(n - shared for n, shared in rows)
+    is_dear = case.executor == "packed" and bool(cuts) and 2 * computed > alone
+    return (2 * computed, alone) if is_dear and computed > whole else None
+
+
 def _tree_forward(case: StepCase) -> Forward:
     """One forward of the tree: each shared prefix once, and once more in a part that needs it."""
     tokens, cuts = _cut(_tree_rows(case), case.tree_max_tokens)

@@ -6,6 +6,7 @@ from datetime import date
 from composer_replication.planner.candidate import Candidate
 from composer_replication.planner.cost import MAX_TIMEOUT_S, volume_usd, whole_cents
 from composer_replication.planner.duration_text import duration
+from composer_replication.planner.forwards import dear_cut
 from composer_replication.planner.layer_memory import BF16
 from composer_replication.planner.local_machine import LocalMachine
 from composer_replication.planner.memory import checkpoint_bytes, trained_bytes
@@ -38,6 +39,7 @@ def plan_warnings(
     """
     found = [warning] if (warning := prices.age_warning(today)) is not None else []
     found += [] if chosen is None else _time_out(chosen)
+    found += _dear_cut(chosen or candidates[-1])
     found += _cards(request, candidates, machine)
     if request.config.model is None:
         specs = sorted({_spec(candidate) for candidate in candidates})
@@ -74,6 +76,19 @@ def _time_out(chosen: Candidate) -> list[str]:
     if chosen.timeout_s < MAX_TIMEOUT_S:
         text += f" Or raise modal.timeout_s, which is at most {MAX_TIMEOUT_S:.0f}."
     return [text]
+
+
+def _dear_cut(candidate: Candidate) -> list[str]:
+    """That a budget of the tree costs more than doing without one."""
+    dear = dear_cut(candidate.shape.case)
+    if dear is None:
+        return []
+    computed, alone = dear
+    return [
+        f"batch.tree_max_tokens = {candidate.shape.case.tree_max_tokens} cuts the tree into parts "
+        f"that compute {computed:,} tokens a step, where its sequences one by one have {alone:,}: "
+        "raise it, or set tree = 'off'."
+    ]
 
 
 def _cards(

@@ -47,18 +47,23 @@ class Launch:
     is_causal: bool
 
 
-def has_flash(query: Tensor, value: Tensor, scoring: Scoring) -> bool:
-    """Whether CUDA's flash kernel takes this attention: half precision, no cap, sizes it knows."""
-    size = query.shape[-1]
-    return (
-        query.is_cuda
-        and torch.version.cuda is not None
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(query.device) >= _OLDEST_CAPABILITY
-        and scoring.softcap is None
-        and size == value.shape[-1] <= _MAX_HEAD_SIZE
-        and size % _HEAD_SIZE_MULTIPLE == 0
-    )
+def why_no_flash(query: Tensor, value: Tensor, scoring: Scoring) -> str | None:
+    """Why CUDA's flash kernel does not take this attention; None: it does."""
+    if not query.is_cuda or torch.version.cuda is None:
+        return "it is CUDA's"
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes bf16 and fp16 (bf16 = true), and queries are {query.dtype}"
+    if torch.cuda.get_device_capability(query.device) < _OLDEST_CAPABILITY:
+        return "this card is older than the kernel (Ampere)"
+    if scoring.softcap is not None:
+        return f"it knows no soft cap, and the model's is {scoring.softcap:g}"
+    size, value_size = query.shape[-1], value.shape[-1]
+    if size != value_size or size > _MAX_HEAD_SIZE or size % _HEAD_SIZE_MULTIPLE:
+        return (
+            f"heads of {size} numbers with values of {value_size}: it takes equal ones up to "
+            f"{_MAX_HEAD_SIZE}, in multiples of {_HEAD_SIZE_MULTIPLE}"
+        )
+    return None
 
 
 def launches_of(rectangles: Sequence[Rectangle], device: torch.device) -> list[Launch]:

@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from composer_replication.errors import ConfigError, ModelError
 from composer_replication.losses.head import OutputHead
-from composer_replication.step.tree_attention import TreeKernel, follow_trees
+from composer_replication.step.attention_interface import follow_trees
+from composer_replication.step.tree_attention import TreeKernel
 from composer_replication.step.trie import PrefixTree
 
 _MAX_HEAD_ERROR = 0.02

@@ -29,8 +29,8 @@ class Scoring:
 
 
 @dataclass(frozen=True, slots=True)
-class Partial:
-    """What a rectangle's backward needs of the whole: merged output, its log-sum-exp, gradient."""
+class Merged:
+    """Attention of some rows over all of their keys, and its gradient."""
 
     output: Float[Tensor, "K G Q D"]
     lse: Float[Tensor, "K G Q"]
@@ -55,7 +55,7 @@ def rectangle_forward(
         mask: `none`, `causal` (same rows on both sides), or `banded`: by distance and window.
         scoring: scale, soft cap and window.
     """
-    if _has_flash(query, value, mask, scoring):
+    if _has_cpu_flash(query, value, mask, scoring):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, *_for_groups(query, key, value), 0.0, mask == "causal", scale=scoring.scale
         )
@@ -75,10 +75,10 @@ def rectangle_backward(
     distance: Int[Tensor, "..."],
     mask: Mask,
     scoring: Scoring,
-    whole: Partial,
+    whole: Merged,
 ) -> tuple[Float[Tensor, "K G Q D"], Float[Tensor, "K T D"], Float[Tensor, "K T D_v"]]:
     """This rectangle's share of the gradients of query, key and value; arguments as above."""
-    if _has_flash(query, value, mask, scoring):
+    if _has_cpu_flash(query, value, mask, scoring):
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             whole.output_grad,
             query,
@@ -94,7 +94,7 @@ def rectangle_backward(
     query_grad = torch.empty_like(query, dtype=dtype)
     key_grad, value_grad = (torch.zeros_like(tensor, dtype=dtype) for tensor in (key, value))
     for rows in _chunks(query, key):
-        chunk = Partial(
+        chunk = Merged(
             whole.output[:, :, rows], whole.lse[:, :, rows], whole.output_grad[:, :, rows]
         )
         allowed = _allowed(distance, mask, rows, query, scoring)
@@ -104,7 +104,7 @@ def rectangle_backward(
     return query_grad, key_grad, value_grad
 
 
-def _has_flash(query: Tensor, value: Tensor, mask: Mask, scoring: Scoring) -> bool:
+def _has_cpu_flash(query: Tensor, value: Tensor, mask: Mask, scoring: Scoring) -> bool:
     return (
         query.device.type == "cpu"
         and mask != "banded"
@@ -168,7 +168,7 @@ def _plain_backward_(
     value: Tensor,
     allowed: Tensor | None,
     scoring: Scoring,
-    whole: Partial,
+    whole: Merged,
     key_grad: Tensor,
     value_grad: Tensor,
 ) -> Float[Tensor, "K G Q D"]:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from composer_replication.step.rectangle_kernels import (
     Mask,
-    Partial,
+    Merged,
     Scoring,
     rectangle_backward,
     rectangle_forward,
@@ -143,11 +143,9 @@ class RectangleAttention(torch.autograd.Function):
         )
         for part in ctx.rectangles:
             rows, keys = part.queries, part.keys
-            partial = Partial(merged[:, :, rows], lse[:, :, rows], merged_grad[:, :, rows])
+            whole = Merged(merged[:, :, rows], lse[:, :, rows], merged_grad[:, :, rows])
             inputs = _inputs(part, query, key, value, positions)
-            of_query, of_key, of_value = rectangle_backward(
-                *inputs, part.mask, ctx.scoring, partial
-            )
+            of_query, of_key, of_value = rectangle_backward(*inputs, part.mask, ctx.scoring, whole)
             query_grad[:, :, rows] += of_query
             key_grad[:, keys] += of_key
             value_grad[:, keys] += of_value

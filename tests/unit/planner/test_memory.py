@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from composer_replication.errors import ModelError
-from composer_replication.planner.forwards import forwards_of
+from composer_replication.planner.forwards import dear_cut, forwards_of
 from composer_replication.planner.layer_memory import layer_memory
 from composer_replication.planner.memory import MemoryEstimate, persistent_bytes, predict
 from composer_replication.planner.model_files import shipped_config as shape_config
@@ -177,6 +177,21 @@ def test_a_tree_over_its_budget_is_read_in_parts_that_keep_nothing():
     assert tree.cuts == (1024,) * 4
     (tree,) = forwards_of(replace(packed, tree_max_tokens=sum(whole)))
     assert tree.cuts == ()
+
+
+def test_a_cut_that_repeats_more_than_it_saves_is_told_in_tokens():
+    """Two groups of two rollouts of 1,024 tokens, 768 of them their prompt."""
+    rows = {"num_rollouts": 4, "num_prompts": 2, "num_sites": 0, "num_pairs": 0}
+    packed = replace(NOTE, executor="packed", **rows)
+    # Each part is computed twice: without and with its graph.
+    assert dear_cut(replace(packed, tree_max_tokens=1024)) == (2 * 4 * 1024, 4 * 1024)
+    # A group in each part repeats nothing, and one part is no cut.
+    assert dear_cut(replace(packed, tree_max_tokens=1280)) is None
+    assert dear_cut(packed) is None
+    assert dear_cut(replace(packed, executor="separate", tree_max_tokens=1024)) is None
+    # A prompt repeated once for four rollouts each: 2 x 2 x 4,864, and 8 x 4,096 one by one.
+    long = replace(packed, prompt_tokens=3840, num_rollouts=8, num_prompts=1)
+    assert dear_cut(replace(long, tree_max_tokens=3840 + 4 * 256)) is None
 
 
 def test_a_cut_tree_keeps_one_parts_graph_at_a_time():

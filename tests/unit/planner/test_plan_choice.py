@@ -377,6 +377,19 @@ def test_a_lower_budget_of_one_forward_is_named_where_it_lets_a_run_fit(planned,
     assert 1.1 * whole_s < cut_s < 1.4 * whole_s
 
 
+def test_a_budget_of_the_tree_that_costs_more_than_none_is_told(planned, machine):
+    def told(*settings):
+        config = load_config(None, ["model=shape:qwen2.5-0.5b", *settings])
+        plan = planned(config, machine(), on="modal")
+        return [text for text in plan.warnings if text.startswith("batch.tree_max_tokens = ")]
+
+    (text,) = told("batch.tree_max_tokens=300")
+    computed, alone = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) ?(?:tokens|:)", text))
+    assert computed > alone > 300
+    assert told() == told("batch.tree_max_tokens=300", "tree=off") == []
+    assert told("batch.tree_max_tokens=1000000") == []
+
+
 def test_an_adapter_as_the_change_keeps_the_teacher_or_says_otherwise(planned, machine):
     plan = planned(load_config(None, FULL_7B), machine(), on="modal", gpu=parse_gpu("A100-80GB"))
     assert plan.cheaper_fit.startswith("A100-80GB would fit with lora.r = 16 (")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from test_rectangles import inputs, outputs_and_grads, random_tree
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from composer_replication.step import flash_rectangles, tree_attention
-from composer_replication.step.flash_rectangles import FlashAttention, has_flash, launches_of
+from composer_replication.step.flash_rectangles import FlashAttention, launches_of, why_no_flash
 from composer_replication.step.rectangle_kernels import Scoring
 from composer_replication.step.rectangles import rectangles_of
 from composer_replication.step.tree_attention import DenseKernel, RectangleKernel
@@ -71,7 +72,7 @@ def dense_backward(whole, query, key, value, launch, scale):
 
 @pytest.fixture
 def dense_launches(monkeypatch):
-    monkeypatch.setattr(tree_attention, "has_flash", lambda *_: True)
+    monkeypatch.setattr(tree_attention, "why_no_flash", lambda *_: None)
     monkeypatch.setattr(flash_rectangles, "flash_forward", dense_forward)
     monkeypatch.setattr(flash_rectangles, "flash_backward", dense_backward)
 
@@ -152,7 +153,57 @@ def test_there_are_as_many_launches_as_the_tree_nests():
 
 def test_a_cpu_keeps_its_own_kernel():
     query, _, value = inputs(random_tree(0), dtype=torch.bfloat16)
-    assert not has_flash(query, value, SCORING)
+    assert why_no_flash(query, value, SCORING) == "it is CUDA's"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"dtype": torch.float32}, "queries are torch.float32"),
+        ({"capability": (7, 5)}, "older than the kernel"),
+        ({"softcap": 50.0}, "the model's is 50"),
+        ({"size": 256, "value_size": 256}, "heads of 256 numbers"),
+        ({"size": 68, "value_size": 68}, "multiples of 8"),
+        ({"value_size": 32}, "with values of 32"),
+    ],
+)
+def test_what_cudas_kernel_does_not_take_is_named(changes, reason, monkeypatch):
+    case = {"dtype": torch.bfloat16, "capability": (8, 0), "softcap": None, "size": 64}
+    case |= {"value_size": 64} | changes
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: case["capability"])
+    with FakeTensorMode():
+        query, value = (
+            torch.empty(1, 4, 3, case[size], device="cuda", dtype=case["dtype"])
+            for size in ("size", "value_size")
+        )
+    found = why_no_flash(query, value, Scoring(0.3, case["softcap"]))
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.usefixtures("dense_launches")
+@pytest.mark.parametrize(
+    ("softcap", "window", "reason"),
+    [(9.0, None, "the model's is 9"), (None, 5, "a window of 5 tokens cuts"), (None, None, None)],
+)
+def test_plain_products_on_a_gpu_are_told(softcap, window, reason, monkeypatch, recwarn):
+    monkeypatch.setattr(
+        tree_attention,
+        "why_no_flash",
+        lambda *_: None if softcap is None else f"the model's is {softcap:g}",
+    )
+    query, key, value = inputs(random_tree(3))
+    # A GPU's tensor in all but where it lies.
+    query = query.detach().as_subclass(type("OnGpu", (torch.Tensor,), {"is_cuda": True}))
+    RectangleKernel(random_tree(3), CPU)(query, key, value, Scoring(0.3, softcap, window))
+    messages = [str(warning.message) for warning in recwarn]
+    if reason is None:
+        assert not messages
+    else:
+        (message,) = messages
+        assert message.startswith("The attention of the prefix tree runs as plain matrix products")
+        assert reason in message
 
 
 def test_a_window_that_cuts_rectangles_leaves_no_launch_and_a_longer_one_changes_nothing():

@@ -180,10 +180,10 @@ def test_what_all_contexts_begin_with_may_have_a_forward_of_its_own(name, system
 
 @pytest.mark.parametrize(("worth", "tokens"), [(24, 24 + 3 * 8), (49, 3 * 31 + 1)])
 def test_a_common_start_is_computed_once_where_it_saves_enough(worth, tokens, monkeypatch):
-    """3 contexts of 32 tokens, 24 of them common: 48 are saved."""
+    """3 contexts of 32 tokens, 24 of them common: 48 are saved, whatever is alike after that."""
     monkeypatch.setattr(shared_prefill_module, "_WORTH_A_FORWARD", worth)
     model = build("llama")
-    contexts = [[*SYSTEM, *([first] * 8)] for first in (50, 51, 52)]
+    contexts = [[*SYSTEM, first, *A[1:]] for first in (50, 51, 52)]
     with FlopCounterMode(display=False) as alone:
         sampled(model, contexts, max_new_tokens=1)
     with shared_prefill(model), FlopCounterMode(display=False) as shared:
