@@ -44,9 +44,9 @@ SmolLM2-135M-Instruct, every weight trained in fp32, on the kind of device that 
   prompts of seeds 0 and 1, and 36 steps, so that one point of its curve lies below a quarter of the
   tokens. log.md has the trials. So held-out prompts of seeds 0 to 4 had been seen before the last
   change; *fresh seeds* are those from 5 on. They draw from the same held-out files, folders and
-  words: no prompt of seeds 5 and 6 is one of seeds 0 to 4, and 12 and 15 of their 40 last requests
-  are. Drifts other than those four had never been tried. No held-out string is in a hint, a pair
-  or a prompt of training.
+  words: no prompt of theirs is one of seeds 0 to 4, and of their last requests 12, 15 and 23 of 40
+  are (task B: 15 of 56). Drifts other than those four had never been tried. No held-out string is
+  in a hint, a pair or a prompt of training.
 - *greedy* and *at T*, that of the rollouts: exact success on held-out prompts, the first action
   right and the request carried out. The interval is 95 %: over seeds (Student's t) where there are
   three or more that are not all equal, else over the prompts of all of them (Wilson), which says

@@ -32,7 +32,7 @@ CASES = {
     "large": "--prefix 2048 --rollouts 8 --memory-gib 12 --variants naive ours --repeats 1",
     "trajectories": "--trajectories --prefix 256 --action 16 --hint 24 --variants naive good ours",
     "disjoint": "--disjoint --prefix 256 --action 32 --pairs 0 --repeats 7 --variants good ours",
-    "bf16": "--precision bf16 --prefix 1024 --repeats 2 --variants naive good ours",
+    "bf16": "--precision bf16 --prefix 1024 --repeats 5 --variants naive good ours",
 }
 
 SMALL_SHAPE = "--model shape:qwen2.5-0.5b --device cuda --precision bf16"
