@@ -49,6 +49,8 @@ def test_keys_and_values_do_not_share_an_allocation(caches):
 
 def test_a_reordered_or_cut_cache_goes_on_from_what_it_holds(caches):
     update_both(caches, 3, 4)
+    # transformers 5.17 cuts no layer that holds nothing.
+    update_both(caches, 3, 4, layer=1)
     for cache in caches:
         cache.reorder_cache(torch.tensor([2, 0, 0, 1]))
     update_both(caches, 4, 2)
@@ -58,7 +60,7 @@ def test_a_reordered_or_cut_cache_goes_on_from_what_it_holds(caches):
     update_both(caches, 4, 1)
     for cache in caches:
         cache.reset()
-    update_both(caches, 2, 3)
+    update_both(caches, 4, 3)
 
 
 def test_rows_that_were_one_are_written_apart(caches):
