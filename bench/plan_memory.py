@@ -3,7 +3,7 @@
     python bench/plan_memory.py measured     # real steps on this CPU against their simulation
     python bench/plan_memory.py grid         # formulas against the simulation, no real step
     python bench/plan_memory.py peer         # the steps that a peer's planner gave figures for
-    python bench/plan_memory.py speed        # seconds of one simulation, imports included
+    python bench/plan_memory.py speed        # seconds of whole plans, imports included
     python bench/plan_memory.py cuda         # real steps on this GPU, and whether they fit the plan
     python bench/plan_memory.py cuda --simulate   # their simulation, later and without a GPU
 
@@ -33,6 +33,7 @@ from plan_memory_page import (
     settings_of,
     stored_case,
 )
+from step_measure import machine_name
 from torch.profiler import ProfilerActivity, profile
 
 from composer_replication.experiments.case_step import (
@@ -48,7 +49,8 @@ from composer_replication.planner.step_case import StepCase
 from composer_replication.training.model_source import load_model
 from composer_replication.units import gib
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 NUM_GRID = 56
 NUM_CUT = 12
 NUM_WHOLE = 22
@@ -201,30 +203,39 @@ def simulate_peer(path: Path) -> None:
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def simulation_seconds() -> dict[str, Any]:
-    """One process that imports, simulates the founding note's shape and ends.
+PLANS = {
+    "a plan by formula": ["configs/train_qwen2.5_7b.toml"],
+    "--simulate, 0.5B, one place": ["docs/note_smoke.toml", "--on=modal", "--gpu=L4", "--simulate"],
+    "--simulate, 7B, this machine and every card of Modal": [
+        "configs/train_qwen2.5_7b.toml",
+        "--simulate",
+    ],
+}
+"""What `plan` is given."""
+_PLAN_REPEATS = 3
 
-    On a machine with other work the clock says more of that than of this: its own CPU is beside it.
+
+def plan_seconds() -> dict[str, Any]:
+    """Processes that plan and end, start and imports included.
+
+    On a machine with other work the clock says more of that than of this: their own CPU is beside.
     """
-    code = (
-        "from composer_replication.experiments.simulate import simulate\n"
-        "from composer_replication.planner.model_files import model_settings\n"
-        "from composer_replication.planner.step_case import StepCase\n"
-        "case = StepCase(model_settings('shape:qwen2.5-0.5b'), num_rollouts=2, prompt_tokens=768,"
-        " completion_tokens=256, num_sites=2, state_tokens=900, hint_tokens=60, action_tokens=64,"
-        " num_pairs=2, pair_state_tokens=900, pair_action_tokens=64)\n"
-        "print(simulate(case).peak_gib)\n"
-    )
-    walls: list[float] = []
-    cpus: list[float] = []
-    for _ in range(3):
-        started_s, before = time.perf_counter(), os.times()
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        walls.append(time.perf_counter() - started_s)
-        after = os.times()
-        user_s = after.children_user - before.children_user
-        cpus.append(user_s + after.children_system - before.children_system)
-    return {"best_wall_s": min(walls), "best_cpu_s": min(cpus), "walls_s": walls, "cpus_s": cpus}
+    rows: dict[str, dict[str, list[float]]] = {
+        name: {"walls_s": [], "cpus_s": []} for name in PLANS
+    }
+    for _ in range(_PLAN_REPEATS):
+        for name, arguments in PLANS.items():
+            command = [sys.executable, "-m", "composer_replication", "plan", *arguments]
+            started_s, before = time.perf_counter(), os.times()
+            done = subprocess.run(command, check=False, capture_output=True, cwd=ROOT)
+            rows[name]["walls_s"].append(time.perf_counter() - started_s)
+            after = os.times()
+            user_s = after.children_user - before.children_user
+            system_s = after.children_system - before.children_system
+            rows[name]["cpus_s"].append(user_s + system_s)
+            # 1: nothing fits.
+            assert done.returncode in (0, 1), done.stderr.decode()
+    return {"machine": machine_name(torch.device("cpu")), "plans": rows}
 
 
 def _policy(case: StepCase, is_embedded: bool) -> torch.nn.Module:
@@ -270,7 +281,7 @@ def main() -> None:
         work(path, seconds=options.seconds)
         return
     if options.part == "speed":
-        path.write_text(json.dumps(simulation_seconds(), indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(plan_seconds(), indent=1) + "\n", encoding="utf-8")
         return
     if options.part == "peer":
         simulate_peer(path)

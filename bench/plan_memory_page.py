@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,24 @@ def memory_lines() -> list[str]:
         f"teacher, full and LoRA) the formulas are {min(errors):+.1%} to {max(errors):+.1%} off",
         "the simulation.",
         "",
+        *_speed_lines(),
         *_run_lines(),
         *cuda_lines(RESULTS / "plan_memory_cuda.json"),
         *_peer_lines(),
+        "",
+    ]
+
+
+def _speed_lines() -> list[str]:
+    """How long a plan takes."""
+    report = json.loads((RESULTS / "plan_memory_speed.json").read_text(encoding="utf-8"))
+    found = [
+        f"{name} {statistics.median(row['walls_s']):.1f} s" for name, row in report["plans"].items()
+    ]
+    return [
+        f"Seconds of the whole command on a {report['machine']} without other work, imports",
+        "included, medians of three (`bench/plan_memory.py speed`):",
+        f"{'; '.join(found)}.",
         "",
     ]
 
