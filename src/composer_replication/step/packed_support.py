@@ -22,7 +22,7 @@ from composer_replication.step.hidden_states import (
     tree_hidden_states,
 )
 from composer_replication.step.rectangle_kernels import Scoring
-from composer_replication.step.tree_attention import RectangleKernel, TreeKernel
+from composer_replication.step.tree_attention import PLAIN_PRODUCTS, RectangleKernel, TreeKernel
 from composer_replication.step.trie import PrefixTree
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
@@ -104,7 +104,14 @@ def _probed_difference(model: nn.Module) -> str | None:
     sequences = _probe_sequences(config)
     tree = PrefixTree(sequences)
     kernel = _NotingKernel(RectangleKernel(tree, device))
-    with torch.no_grad(), in_eval_mode(model), _exact_products():
+    with (
+        torch.no_grad(),
+        in_eval_mode(model),
+        _exact_products(),
+        warnings.catch_warnings(),
+    ):
+        # The probe is without autocast, in the precision of the weights; training may not be.
+        warnings.filterwarnings("ignore", PLAIN_PRODUCTS)
         try:
             packed = tree_hidden_states(model, tree, kernel)
         except ModelError as error:

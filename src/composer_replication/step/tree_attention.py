@@ -20,6 +20,9 @@ from composer_replication.step.rectangle_kernels import Scoring
 from composer_replication.step.rectangles import Rectangle, RectangleAttention, rectangles_of
 from composer_replication.step.trie import PrefixTree
 
+PLAIN_PRODUCTS = "The attention of the prefix tree runs as plain matrix products on this GPU"
+"""How the warning begins."""
+
 
 class TreeKernel(Protocol):
     """Attention over one tree."""
@@ -85,14 +88,16 @@ class RectangleKernel:
                 return cast(Tensor, output).unsqueeze(0)
             why_not = f"a window of {scoring.window} tokens cuts the tree, and it takes whole rows"
         if query.is_cuda:
-            warnings.warn(
-                "The attention of the prefix tree runs as plain matrix products on this GPU, which "
-                f"are slower than the flash kernel: {why_not}.",
-                stacklevel=2,
-            )
+            _warn_of_plain_products(why_not)
         num_kv, num_rows = key.shape[1:3]
         by_group = query[0].unflatten(0, (num_kv, -1))
         output = RectangleAttention.apply(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
             by_group, key[0], value[0], self._positions, plan, scoring
         )
         return cast(Tensor, output).reshape(1, num_rows, -1, value.shape[-1])
+
+
+def _warn_of_plain_products(why_not: str) -> None:
+    warnings.warn(
+        f"{PLAIN_PRODUCTS}, which are slower than CUDA's flash kernel: {why_not}.", stacklevel=3
+    )

@@ -1,6 +1,7 @@
 """Models that a prefix tree does not reproduce are told apart before they train."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import peft
@@ -9,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from composer_replication.step import packed_support
+from composer_replication.step import packed_support, tree_attention
 from composer_replication.step.packed_support import why_not_packed
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "numerics"))
@@ -110,6 +111,22 @@ def test_attention_that_a_tree_does_not_reproduce_is_found(model_type):
 @pytest.mark.parametrize("family", tiny_families.FAMILIES)
 def test_every_family_that_is_tested_packs(family, dtype):
     assert why_not_packed(tiny_families.tiny_model(family, dtype=dtype)) is None
+
+
+def test_the_probe_says_nothing_of_its_own_precision(monkeypatch):
+    """It is without autocast; training, which may be with it, warns for itself."""
+    warned = []
+
+    def warn(_query, _value, _scoring):
+        warned.append(True)
+        tree_attention._warn_of_plain_products("queries are torch.float32")
+        return "it is CUDA's"
+
+    monkeypatch.setattr(tree_attention, "why_no_flash", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert why_not_packed(tiny_families.tiny_model("llama")) is None
+    assert warned
 
 
 @pytest.mark.parametrize("kind", ROPES)
