@@ -255,7 +255,8 @@ def test_on_cuda_caps_and_windows_take_the_plain_kernel(scoring, monkeypatch):
     monkeypatch.setattr(FlashAttention, "apply", None)
     tree = random_tree(1, length=100)
     halves, exact = cuda_case(tree, size=64)
-    ours = outputs_and_grads_on(RectangleKernel(tree, torch.device("cuda")), halves, scoring)
+    with pytest.warns(UserWarning, match="plain matrix products"):
+        ours = outputs_and_grads_on(RectangleKernel(tree, torch.device("cuda")), halves, scoring)
     theirs = outputs_and_grads_on(DenseKernel(tree, CPU), exact, scoring)
     for mine, oracle in zip(ours, theirs, strict=True):
         assert (mine - oracle).norm() <= 1e-2 * oracle.norm()
