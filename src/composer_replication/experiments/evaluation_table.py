@@ -26,8 +26,10 @@ def print_evaluation(report: EvaluationReport, console: Console) -> None:
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     figures = ["model"] if report.against is None else ["before", "after", "change"]
-    for title in ["figure", *figures]:
-        table.add_column(title, no_wrap=True)
+    table.add_column("figure", no_wrap=True)
+    for title in figures:
+        # Where the width is short, a list of refusals takes several lines and no name is cut.
+        table.add_column(title, overflow="fold", no_wrap=title == "change")
     columns = [_cells(report.model)]
     if report.against is not None:
         columns = [_cells(report.against), *columns, _changes(report)]

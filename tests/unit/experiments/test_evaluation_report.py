@@ -1,5 +1,6 @@
 """What an evaluation says of two models: changes, their intervals and the verdict."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -85,6 +86,27 @@ def test_a_change_is_better_only_where_chance_does_not_explain_it():
     few = change_of(figures(zeros), figures([1] * 5 + [0] * 7))
     assert (few.direction, few.greedy.num_better, few.greedy.p_value) == ("not shown", 5, 0.0625)
     assert change_of(figures(ones), figures(ones)).direction == "not shown"
+
+
+def test_a_long_list_of_refusals_takes_several_lines_and_cuts_no_name():
+    kinds = ["not_json", "unknown_tool", "not_found", "unknown_key"]
+    wrong = episodes([0] * 12)
+    each = zip(wrong.episodes, kinds * 3, strict=True)
+    wrong = dataclasses.replace(
+        wrong, episodes=tuple(dataclasses.replace(e, error_kinds=(kind,)) for e, kind in each)
+    )
+    before, after = (
+        dataclasses.replace(figures([0] * 12, old=[1] * 12, given=name), greedy=played(wrong))
+        for name in ("before", "after")
+    )
+    text = shown(report(after, before))
+    assert "…" not in text
+    lines = text.splitlines()
+    assert all(len(line) <= 110 for line in lines)
+    firsts = {line.split("  ")[0] for line in lines}
+    assert {"greedy success", "old convention, greedy", "nats a token, everyday"} <= firsts
+    # Names of what was refused are whole as well.
+    assert all(text.count(kind) == 2 for kind in kinds)
 
 
 def test_every_figure_changes_from_before_to_after():
