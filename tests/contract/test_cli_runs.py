@@ -330,6 +330,14 @@ def test_settings_of_the_user_are_kept(tmp_path):
     assert "COMPOSER_REEXECUTED" not in settings
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the settings are glibc's")
+def test_a_wait_policy_of_the_user_is_not_overruled_by_a_count(tmp_path):
+    settings, num_starts = run_reexecuted(tmp_path, OMP_WAIT_POLICY="ACTIVE")
+    assert num_starts == 2
+    assert settings["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert "GOMP_SPINCOUNT" not in settings
+
+
 def test_a_process_that_was_restarted_is_not_restarted_again(tmp_path):
     settings, num_starts = run_reexecuted(tmp_path, COMPOSER_REEXECUTED="1")
     assert num_starts == 1

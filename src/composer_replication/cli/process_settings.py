@@ -24,12 +24,16 @@ def reexecute_with_allocator_settings() -> None:
     import platform
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    has_settings = all(name in os.environ for name in ALLOCATOR_SETTINGS)
+    settings = dict(ALLOCATOR_SETTINGS)
+    if "OMP_WAIT_POLICY" in os.environ:
+        # A count would take the place of what was chosen.
+        del settings["GOMP_SPINCOUNT"]
+    has_settings = all(name in os.environ for name in settings)
     if has_settings or REEXECUTED_GUARD in os.environ:
         return
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return
-    environment = {**ALLOCATOR_SETTINGS, **os.environ, REEXECUTED_GUARD: "1"}
+    environment = {**settings, **os.environ, REEXECUTED_GUARD: "1"}
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
