@@ -17,16 +17,13 @@ import psutil
 import torch
 from torch import Tensor
 
+from composer_replication.allocator_settings import ALLOCATOR_SETTINGS
 from composer_replication.training.tensor_memory import TensorMemory
 
 PROCESS_ENV = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "10000",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "268435456",
+    **ALLOCATOR_SETTINGS,
 }
 
 _GIB = 2**30

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from composer_replication.allocator_settings import ALLOCATOR_SETTINGS
 from composer_replication.cli import main
-from composer_replication.cli.process_settings import ALLOCATOR_SETTINGS
 from composer_replication.config.loading import load_config
 from composer_replication.errors import ModelError, TrainingError
 from composer_replication.runs.run_directory import RunDirectory

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from composer_replication.allocator_settings import ALLOCATOR_SETTINGS
 from composer_replication.environments.sandbox.mechanisms import (
     available_mechanisms,
     mechanism_problems,
@@ -32,14 +33,6 @@ from composer_replication.units import gib
 
 DISTRIBUTION = "composer-replication"
 CHECKED_PACKAGES = ("torch", "transformers", "trl")
-# glibc gives large blocks back to the kernel by default, so every step faults its memory in again.
-MALLOC_VARIABLES = (
-    "MALLOC_MMAP_MAX_",
-    "MALLOC_TRIM_THRESHOLD_",
-    "MALLOC_TOP_PAD_",
-    "OMP_WAIT_POLICY",
-    "GOMP_SPINCOUNT",
-)
 # SmolLM2-135M in float32: 0.5 GiB each for weights, gradients and a teacher, 1 for AdamW, and the
 # rest for activations.
 NEEDED_MEMORY_GIB = 4.0
@@ -209,7 +202,7 @@ def _allocator_line() -> DoctorLine:
         )
     if platform.libc_ver()[0] != "glibc":
         return DoctorLine("allocator", None, "only glibc has settings that help here", "")
-    unset = [name for name in MALLOC_VARIABLES if name not in os.environ]
+    unset = [name for name in ALLOCATOR_SETTINGS if name not in os.environ]
     if not unset:
         return DoctorLine("allocator", True, "MALLOC_*, OMP_WAIT_POLICY, GOMP_SPINCOUNT set", "")
     pronoun = "it" if len(unset) == 1 else "them"

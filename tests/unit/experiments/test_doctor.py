@@ -16,11 +16,11 @@ import torch
 from huggingface_hub import constants
 from rich.console import Console
 
+from composer_replication.allocator_settings import ALLOCATOR_SETTINGS
 from composer_replication.environments.sandbox.launching import Mechanism
 from composer_replication.environments.sandbox.mechanisms import available_mechanisms
 from composer_replication.experiments import doctor
 from composer_replication.experiments.doctor import (
-    MALLOC_VARIABLES,
     DoctorLine,
     cpu_bf16_line,
     doctor_summary,
@@ -182,7 +182,7 @@ def test_bf16_is_unknown_without_cpuinfo(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("cpu_only")
 def test_unset_malloc_variables_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.39"))
-    for name in MALLOC_VARIABLES:
+    for name in ALLOCATOR_SETTINGS:
         monkeypatch.setenv(name, "0")
     assert line("allocator") == DoctorLine(
         "allocator", True, "MALLOC_*, OMP_WAIT_POLICY, GOMP_SPINCOUNT set", ""
